@@ -1,0 +1,147 @@
+"""The lazy arrays: patches and features of a slide; a level's is `Slide.level`.
+
+A task carries its own block's grid positions (1 kB) and the slide's address; a worker opens the
+slide and builds the encoder once for many tasks. No pixel passes through the scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import zarr
+from dask.base import tokenize
+from numpy.typing import NDArray
+
+from dfx import cluster, kernel
+from dfx.encoders import EncoderLike, EncoderSpec, load_encoder, output
+from dfx.errors import CallError, StoreError
+from dfx.grid import PatchGrid
+from dfx.plan import BlockWork, Options, Plan
+from dfx.slides import Slide
+
+
+def patches(slide: Slide, grid: PatchGrid, *, block_size: int = 256) -> da.Array:
+    """Give a grid's patches as a lazy uint8 array (N, rows, columns, 3), `block_size` patches a chunk.
+
+    Row i is the patch at `grid.coordinates[i]`. Raises `SlideError` when the slide's channels are
+    no colours.
+    """
+    options = Options(block_size=block_size)
+    slide.check_picture(grid.view.level)
+    work = BlockWork.of(slide, grid, None, options)
+    return map_steps(read_task, work, grid, (*grid.shape_yx, 3), np.dtype(np.uint8), "patches")
+
+
+def features(
+    slide: Slide,
+    grid: PatchGrid,
+    encoder: EncoderLike,
+    *,
+    block_size: int = 256,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> da.Array:
+    """Give a grid's features as a lazy array (N, D): row i belongs to `grid.coordinates[i]`.
+
+    `encoder`: what `load_encoder` takes or gives. A module is handed to the workers of the current
+    Dask client now. Raises as `load_encoder` does, and `SlideError` when the slide is no picture.
+    """
+    return lazy_features(
+        make_plan(
+            slide, grid, load_encoder(encoder), Options(block_size=block_size, batch_size=batch_size, device=device)
+        )
+    )
+
+
+def make_plan(slide: Slide, grid: PatchGrid, encoder: EncoderSpec, options: Options) -> Plan:
+    """Plan a slide: check that its patches can be made, and find what the encoder gives for them."""
+    slide.check_picture(grid.view.level)
+    dim, dtype = output(encoder, grid.shape_yx)
+    return Plan(slide, grid, encoder, dim, dtype, options)
+
+
+def lazy_features(plan: Plan) -> da.Array:
+    """Give a plan's features as a lazy array."""
+    cluster.share(plan.encoder)
+    work = BlockWork.of(plan.slide, plan.grid, plan.encoder, plan.options)
+    return map_steps(encode_task, work, plan.grid, (plan.dim,), plan.dtype, "features")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A function with its work bound, which Dask takes as one opaque callable."""
+
+    function: Callable[[NDArray[Any], BlockWork], NDArray[Any]]
+    work: BlockWork
+
+    def __call__(self, steps_xy: NDArray[Any]) -> NDArray[Any]:
+        """Do a block."""
+        return self.function(steps_xy, self.work)
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return self.function.__name__, self.work.__dask_tokenize__()
+
+
+def read_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.uint8]:
+    """Read a block on a worker."""
+    return kernel.read_block(steps_xy, work, meter=cluster.meter)
+
+
+def encode_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.floating[Any]]:
+    """Read and encode a block on a worker."""
+    return kernel.encode_block(steps_xy, work, threads=cluster.task_threads(), meter=cluster.meter)
+
+
+def map_steps(
+    function: Callable[[NDArray[Any], BlockWork], NDArray[Any]],
+    work: BlockWork,
+    grid: PatchGrid,
+    row_shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    name: str,
+) -> da.Array:
+    """Map a function over the blocks of a grid's positions: (n, 2) -> (n, *row_shape)."""
+    if da.array_expr_enabled():
+        raise CallError("Dask's 'array.query-planning' is on, which has no to_zarr yet: set it to False.")
+    task = Task(function, work)
+    token = tokenize(task, grid.steps_xy)
+    if len(grid) == 0:
+        return da.empty((0, *row_shape), dtype=dtype, name=f"{name}-{token}")
+    steps = da.from_array(grid.steps_xy, chunks=(work.options.block_size, 2), name=f"steps-{token}")
+    return da.map_blocks(
+        task,
+        steps,
+        chunks=(steps.chunks[0], *((size,) for size in row_shape)),
+        new_axis=list(range(2, len(row_shape) + 1)) or None,
+        dtype=dtype,
+        meta=np.empty((0,) * (len(row_shape) + 1), dtype),
+        name=f"{name}-{token}",
+    )
+
+
+def written(array: da.Array, target: zarr.Array[Any]) -> da.Array:
+    """Give a lazy array whose blocks, computed, write those of `array` to `target`, one chunk each.
+
+    One block is one chunk exactly: a chunk shared by two tasks would lose updates (dask#12583).
+    """
+    rows, chunk = array.chunks[0], target.chunks[0]
+    aligned = array.shape == target.shape == (array.shape[0], target.chunks[1]) and array.numblocks[1] == 1
+    if not aligned or any(n != chunk for n in rows[:-1]) or rows[-1] > chunk:
+        raise StoreError(
+            f"blocks of {array.chunksize} in {array.shape} don't match chunks of {target.chunks} in {target.shape}: "
+            f"use block_size={chunk}."
+        )
+    nbytes = int(np.prod(target.chunks)) * target.dtype.itemsize
+    # to_zarr rechunks to multiples of the chunk up to array.chunk-size; at one chunk it leaves blocks alone.
+    with dask.config.set({"array.chunk-size": nbytes}):
+        lazy: da.Array = da.to_zarr(array, target, compute=False)
+    if lazy.numblocks[0] != array.numblocks[0]:
+        raise StoreError(
+            f"Dask made {lazy.numblocks[0]} writes of {array.numblocks[0]} blocks: report this with your dask version."
+        )
+    return lazy

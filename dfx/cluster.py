@@ -1,0 +1,129 @@
+"""Dask clusters: the embedded one, and what tasks need of the worker that they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import distributed
+from dask.system import CPU_COUNT
+from distributed.metrics import context_meter
+
+from dfx.encoders import EncoderSpec
+from dfx.encoders.spec import SHARED
+from dfx.errors import CallError, CallTypeError
+
+
+def current_client() -> distributed.Client | None:
+    """Give the current Dask client, None where there is none."""
+    try:
+        return distributed.get_client()
+    except ValueError:
+        return None
+
+
+@contextmanager
+def client_or_embedded(client: distributed.Client | None, threads: int) -> Iterator[distributed.Client]:
+    """Give `client`, else the current one, else that of an embedded cluster which ends with the block."""
+    client = client or current_client()
+    if client is not None:
+        yield client
+        return
+    with embedded(threads) as own:
+        yield own
+
+
+@contextmanager
+def embedded(threads: int = 0) -> Iterator[distributed.Client]:
+    """Run a cluster inside this process: one worker with `threads` threads (0: one a core).
+
+    Only its status pages listen, on loopback. It starts in under a second, needs no
+    `if __name__ == "__main__"`, and its tasks share this process's encoders. Dask's own memory
+    limit is off: it would pause the worker for what else the process holds, and never wake it
+    (distributed#5999).
+    """
+    with (
+        distributed.LocalCluster(
+            n_workers=1,
+            threads_per_worker=threads or CPU_COUNT,
+            processes=False,
+            memory_limit=0,
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def check_client(client: object) -> distributed.Client | None:
+    """Refuse what is no synchronous Dask client, and one without workers to come."""
+    if client is None:
+        return None
+    if not isinstance(client, distributed.Client):
+        raise CallTypeError(f"client must be a distributed.Client or None, not {type(client).__name__}.")
+    if client.asynchronous:
+        raise CallError("client is asynchronous: give one made without asynchronous=True.")
+    if client.status != "running":
+        raise CallError(f"client {client.id} is {client.status}: connect it first.")
+    return client
+
+
+class Handed(distributed.WorkerPlugin):  # type: ignore[misc]
+    """Brings a pickled module to every worker, also to those that join later.
+
+    The scheduler keeps it, so that no worker's death loses it, and no task carries it. It is
+    unpickled by the first task that needs it, not here: this runs on the worker's event loop.
+    """
+
+    idempotent = True
+
+    def __init__(self, key: str, data: bytes) -> None:
+        self.name = f"dfx-{key}"
+        self.key = key
+        self.data = data
+
+    def setup(self, worker: distributed.Worker) -> None:
+        """Keep the module for this process's tasks."""
+        SHARED.put(self.key, self.data)
+
+
+def share(encoder: EncoderSpec, client: distributed.Client | None = None) -> None:
+    """Hand a given module to the workers of a client (None: the current one).
+
+    Needless for named encoders, which workers build themselves, and for workers in this process.
+    """
+    client = client or current_client()
+    if client is None or encoder.kind == "timm" or client.scheduler is None:
+        return
+    if client.scheduler.address.startswith("inproc://"):
+        return
+    from dfx.encoders.network import pickle_module
+
+    client.register_plugin(Handed(encoder.key, pickle_module(encoder)))
+
+
+def task_threads() -> int | None:
+    """How many threads torch may use in this task: as many as its worker has.
+
+    Dask gives each worker its share of the machine's cores, and only one task runs forward at a time.
+    """
+    try:
+        return int(distributed.get_worker().state.nthreads)
+    except ValueError:
+        return None
+
+
+def meter(stage: str) -> AbstractContextManager[Any]:
+    """Time a stage of a task for Dask's dashboard; does nothing outside a task."""
+    timer: AbstractContextManager[Any] = context_meter.meter(stage)
+    return timer
+
+
+def connect(address: str) -> distributed.Client:
+    """Connect to a running scheduler; raises `CallError` when it does not answer in 30 seconds."""
+    try:
+        return distributed.Client(address, timeout=30, set_as_default=False)
+    except (OSError, ValueError) as e:
+        raise CallError(f"no Dask scheduler answers at {address} ({e}): check the address, and that it runs.") from e

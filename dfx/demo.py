@@ -1,0 +1,32 @@
+"""The demonstration: a slide made here, its features, a picture. No network, no data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dfx.extractor import DeepFeatureExtractor
+from dfx.pictures import overview, write_png
+from dfx.run import RunResult
+from dfx.slides.synthetic import write_slide
+from dfx.store import check_folder, open_features
+
+SLIDE, PICTURE = "demo.svs", "demo.png"
+
+
+def demo(out: str | Path, *, verbose: bool = True) -> tuple[Path, Path, Path]:
+    """Make a slide, extract features with an untrained resnet18, draw them; gives slide, store, picture."""
+    folder = check_folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    slide = write_slide(folder / SLIDE)
+    extractor = DeepFeatureExtractor("resnet18", weights="random", verbose=verbose)
+    result = extractor.run(
+        [slide],
+        patch_mode=False,
+        input_resolutions=[{"resolution": 0.5, "units": "mpp"}],
+        patch_input_shape=(112, 112),
+        save_dir=folder,
+        output_type="zarr",
+    )
+    assert isinstance(result, RunResult)
+    store: Path = result[slide]
+    return slide, store, write_png(overview(open_features(store)), folder / PICTURE)

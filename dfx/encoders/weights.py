@@ -1,0 +1,180 @@
+"""Weights: found, hashed, read without unpickling anything, and held against the network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import nn
+
+from dfx.errors import EncoderError
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "module")
+"""Under which training scripts put a state dict, the first one found."""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_file(path: str | Path) -> Path:
+    """Give a weights path made absolute; raises `EncoderError` when there is no such file."""
+    found = Path(path).expanduser().absolute()
+    if not found.is_file():
+        raise EncoderError(
+            f"weights {found} are not a file: give a .safetensors file or a state dict (.pt, .pth, .bin)."
+        )
+    return found
+
+
+def hub_file(repository: str, name: str) -> Path:
+    """Give a file of a Hugging Face repository from this machine's cache, else download it.
+
+    Raises `EncoderError` that names the file when it is neither here nor in reach.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    remedy = (
+        f"weights of '{name}' need the file model.safetensors of {constants.ENDPOINT}/{repository}; "
+        "download it where there is a network and pass weights=PATH (--weights PATH), "
+        "or pass weights='random' to run the network untrained"
+    )
+    failure: Exception | None = None
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            pass
+    reason = unreachable(constants.ENDPOINT)
+    if reason:
+        raise EncoderError(f"{constants.ENDPOINT} can't be reached ({reason}): {remedy}.")
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, file))
+        except errors.GatedRepoError as e:
+            raise EncoderError(
+                f"the weights of '{name}' are gated: accept their terms at {constants.ENDPOINT}/{repository} "
+                "and run `hf auth login`; or pass weights=PATH."
+            ) from e
+        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as e:
+            failure = e
+    raise EncoderError(f"{repository} could not be downloaded ({failure}): {remedy}.") from failure
+
+
+def unreachable(endpoint: str) -> str:
+    """Say why a host can't be reached, at once where its name has no address; else ''."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return ""
+    try:
+        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
+    except OSError as e:
+        return str(e)
+    return ""
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read a state dict from safetensors, or from torch's format with `weights_only=True`.
+
+    Nothing but tensors is taken from the file, so an untrusted file runs no code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            found: Any = load_file(path)
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # both readers raise many kinds
+        raise EncoderError(
+            f"weights {path} can't be read as {'safetensors' if path.suffix == '.safetensors' else 'a state dict'} "
+            f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); only tensors are taken from a file: "
+            "save module.state_dict() with safetensors.torch.save_file or torch.save."
+        ) from e
+    for wrapper in WRAPPERS:
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+            break
+    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise EncoderError(f"weights {path} hold no state dict (names and tensors): save module.state_dict() alone.")
+    if all(name.startswith("module.") for name in found):  # saved from DataParallel
+        found = {name.removeprefix("module."): value for name, value in found.items()}
+    return dict(found)
+
+
+def load_into(module: nn.Module, path: Path, name: str) -> None:
+    """Load a file into a network; every parameter must get a value, and only a classifier's may be left over."""
+    state = read_state_dict(path)
+    convert = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
+    heads = tuple(f"{head}." for head in classifiers(module))
+    try:
+        if convert is not None:  # timm's own remapping of published checkpoints
+            state = convert(state, module)
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except (RuntimeError, KeyError, ValueError, AttributeError, IndexError) as e:
+        lines = str(e).splitlines()
+        detail = (lines[1] if len(lines) > 1 else str(e)).strip()
+        raise EncoderError(
+            f"weights {path} are not those of '{name}': {detail} Give the file of this architecture."
+        ) from e
+    unexpected = [key for key in unexpected if not key.startswith(heads)] if heads else list(unexpected)
+    if missing or unexpected:
+        raise EncoderError(
+            f"weights {path} are not those of '{name}': "
+            f"{len(missing)} parameters get no value{some(missing)} and "
+            f"{len(unexpected)} values have no place{some(unexpected)}. "
+            "Give the file of this architecture."
+        )
+
+
+def some(names: list[str]) -> str:
+    """Name a few of many."""
+    return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
+
+
+def classifiers(module: nn.Module) -> list[str]:
+    """Names of the classifying layers that a timm model had before they were removed."""
+    config = getattr(module, "pretrained_cfg", None) or {}
+    head = config.get("classifier")
+    heads = [head] if isinstance(head, str) else list(head or ())
+    return [*heads, "head_dist"] if heads == ["head"] else heads
+
+
+def module_digest(module: nn.Module) -> str:
+    """SHA-256 of what a module computes with: its structure, parameters, buffers and plain attributes."""
+    digest = hashlib.sha256()
+    for part in (*_structure(module), *_tensors(module)):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _structure(module: nn.Module) -> Iterator[bytes]:
+    yield repr(module).encode()
+    for name, child in module.named_modules():
+        kind = type(child)
+        plain = {
+            key: value
+            for key, value in vars(child).items()
+            if not key.startswith("_")
+            and key != "training"
+            and isinstance(value, bool | int | float | str | tuple | None)
+        }
+        yield f"{name} {kind.__module__}.{kind.__qualname__} {sorted(plain.items())}".encode()
+
+
+def _tensors(module: nn.Module) -> Iterator[bytes]:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        value = tensor.detach().cpu().contiguous()
+        yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
+        yield value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""

@@ -1,0 +1,295 @@
+"""`DeepFeatureExtractor`: the face that users of TIAToolbox know. Thin: it checks the call, then runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dfx import cluster, loose
+from dfx.encoders import EncoderLike, EncoderSpec, check_device, load_encoder
+from dfx.errors import CallError, CallTypeError
+from dfx.grid import check_ratio, whole_pair
+from dfx.plan import Options
+from dfx.progress import ProgressBar
+from dfx.resolution import check_resolution, pair
+from dfx.run import GridOptions, Item, RunResult, raise_failures, run_slides
+from dfx.slides import Slide
+from dfx.store import check_folder, check_ours, write_patch_mode
+
+
+class DeepFeatureExtractor:
+    """Extract deep features of slides or of loose patches.
+
+    `model`: a name, a `torch.nn.Module` or what `load_encoder` gives; `weights` as there. `batch_size`:
+    patches that the network takes at a time. `num_workers`: decoding threads of the embedded cluster
+    (0: one a core). `device`: "auto", or a torch device of the workers. Raises `EncoderError` for a
+    model or weights that can't be used.
+    """
+
+    def __init__(
+        self,
+        model: EncoderLike,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        weights: str | Path | None = None,
+        *,
+        device: str = "auto",
+        verbose: bool = True,
+    ) -> None:
+        self.encoder: EncoderSpec = load_encoder(model, weights=weights)
+        self.options = Options(batch_size=batch_size, device=check_device(device))
+        self.num_workers = check_workers(num_workers)
+        self.verbose = bool(verbose)
+
+    def run(
+        self,
+        images: Sequence[Any] | NDArray[Any],
+        *,
+        masks: Sequence[Any] | NDArray[Any] | None = None,
+        input_resolutions: Sequence[Mapping[str, Any]] | None = None,
+        patch_input_shape: int | tuple[int, int] | None = None,
+        stride_shape: int | tuple[int, int] | None = None,
+        ioconfig: Any = None,
+        patch_mode: bool = True,
+        save_dir: str | Path | None = None,
+        overwrite: bool = False,
+        output_type: Literal["dict", "zarr"] = "dict",
+        auto_get_mask: bool = True,
+        min_mask_ratio: float = 0.0,
+        memory_threshold: float = 80,
+        labels: Sequence[Any] | None = None,
+        wsireader_kwargs: Mapping[str, Any] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        client: Any = None,
+        on_error: Literal["raise", "skip"] = "raise",
+        block_size: int = 256,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        device: str | None = None,
+        verbose: bool | None = None,
+        output_file: str | Path | None = None,
+        return_labels: bool = False,
+        return_probabilities: bool = True,
+        class_dict: Mapping[Any, Any] | None = None,
+        scale_factor: Any = None,
+    ) -> RunResult | dict[str, Any] | Path:
+        """Extract features; nothing given here outlasts the call.
+
+        Slides (`patch_mode=False`): `images` are paths or `Slide`s; gives input -> store (zarr), or
+        input -> {"features", "coordinates", "labels"} (dict). Loose patches: `images` are a uint8
+        (N, rows, columns, 3) array, a list of arrays or of image files; gives {"features", "labels"}
+        or the store's path.
+
+        - `input_resolutions`: `[{"resolution": 0.5, "units": "mpp"}]`, units mpp, power, level or
+          baseline; `patch_input_shape`, `stride_shape` (default: the patch): (rows, columns) there.
+          `ioconfig`, an object or mapping with these three, goes before them.
+        - `masks`: one a slide, None, an array or an image path; without one, `auto_get_mask` finds
+          tissue. `min_mask_ratio`: share of a patch that must be above this.
+        - `save_dir`: where stores go. One of the same plan is kept or resumed; one of another is an
+          error, unless `overwrite`, which replaces stores that dfx made and nothing else.
+        - `memory_threshold`: percent of memory up to which dict results are kept in memory.
+        - `wsireader_kwargs`: `mpp` and `power` that go before the slides' own.
+        - `client`: a Dask client; None: the current one, else a cluster inside this process.
+        - `on_error`: "raise" a `RunError` when the other slides are done, or "skip" (see `.failures`).
+        - `block_size`: patches in a block, the unit of work and resume. `batch_size`, `num_workers`,
+          `device`, `verbose`: as in the constructor, for this call.
+        - `output_file`: name of the store in patch mode. `return_probabilities`, `class_dict`,
+          `scale_factor` and `return_labels` are taken for TIAToolbox's sake and change nothing:
+          labels are given back when they are given.
+
+        Raises `CallError`, `CallTypeError` or `StoreError` for a call that can't be carried out,
+        before anything is read or removed; `RunError` when slides failed.
+        """
+        options = Options(
+            block_size=block_size,
+            batch_size=self.options.batch_size if batch_size is None else batch_size,
+            device=self.options.device if device is None else check_device(device),
+        )
+        threads = self.num_workers if num_workers is None else check_workers(num_workers)
+        if output_type not in ("dict", "zarr"):
+            raise CallError(f"output_type must be 'dict' or 'zarr', not {output_type!r}.")
+        if on_error not in ("raise", "skip"):
+            raise CallError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")
+        if output_type == "zarr" and save_dir is None:
+            raise CallError("output_type='zarr' needs save_dir=, the folder for the stores.")
+        if isinstance(memory_threshold, bool) or not isinstance(memory_threshold, int | float):
+            raise CallTypeError(f"memory_threshold must be a percentage, not {memory_threshold!r}.")
+        if not 0 < memory_threshold <= 100:
+            raise CallError(f"memory_threshold must be above 0 and at most 100 percent, not {memory_threshold!r}.")
+        if storage_options is not None and not isinstance(storage_options, Mapping):
+            raise CallTypeError(f"storage_options must be a mapping, not {type(storage_options).__name__}.")
+        folder = None if save_dir is None else check_folder(save_dir)
+        dask_client = cluster.check_client(client)
+        shape, resolutions, stride = configuration(ioconfig, patch_input_shape, input_resolutions, stride_shape)
+        show = self.verbose if verbose is None else bool(verbose)
+
+        if patch_mode:
+            store = (
+                None
+                if output_type == "dict" or folder is None
+                else folder / f"{Path(output_file or 'output').stem}.zarr"
+            )
+            return self._run_patches(images, labels, shape, options, dask_client, store, overwrite)
+
+        if shape is None or resolutions is None:
+            raise CallError(
+                "slides need patch_input_shape=(rows, columns) and "
+                "input_resolutions=[{'resolution': 0.5, 'units': 'mpp'}], or an ioconfig with both."
+            )
+        where = GridOptions(shape, *resolution_of(resolutions), stride, check_ratio(min_mask_ratio))
+        items = slide_items(images, masks, labels, wsireader_kwargs, auto_get_mask=bool(auto_get_mask))
+        cluster_or_client = cluster.client_or_embedded(dask_client, threads)
+        with cluster_or_client as running, ProgressBar(len(items), show=show) as bar:
+            result = run_slides(
+                items,
+                self.encoder,
+                where,
+                options,
+                running,
+                save_dir=folder,
+                overwrite=bool(overwrite),
+                in_memory=output_type == "dict",
+                memory_threshold=memory_threshold,
+                notify=bar,
+            )
+        return raise_failures(result, on_error)
+
+    def _run_patches(
+        self,
+        images: object,
+        labels: Sequence[Any] | None,
+        shape: int | tuple[int, int] | None,
+        options: Options,
+        client: Any,
+        store: Path | None,
+        overwrite: bool,
+    ) -> dict[str, Any] | Path:
+        patches = loose.gather(images, None if shape is None else whole_pair(shape, "patch_input_shape"))
+        check_count("labels", labels, len(patches.source))
+        if store is not None:
+            check_ours(store)
+            if store.exists() and any(store.iterdir()) and not overwrite:
+                raise CallError(f"{store} exists: pass overwrite=True to replace it, or another output_file=.")
+        features = loose.encode_all(patches, self.encoder, options, client or cluster.current_client())
+        if store is not None:
+            return write_patch_mode(store, features, labels, self.encoder.describe(), options.block_size)
+        return {"features": features} | ({} if labels is None else {"labels": labels})
+
+
+def check_workers(num_workers: object) -> int:
+    """Refuse what is no number of threads."""
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        raise CallError(f"num_workers must be a whole number of decoding threads (0: one a core), not {num_workers!r}.")
+    return num_workers
+
+
+def check_count(name: str, values: ArrayLike | Sequence[Any] | None, n: int) -> None:
+    """Refuse masks or labels that are not one an image."""
+    if values is None:
+        return
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+        raise CallTypeError(f"{name} must be a list with one for each image, not {type(values).__name__}.")
+    if len(values) != n:
+        raise CallError(f"there are {len(values)} {name} for {n} images: give one for each (None where there is none).")
+
+
+def configuration(
+    ioconfig: Any, shape: Any, resolutions: Any, stride: Any
+) -> tuple[int | tuple[int, int] | None, Any, int | tuple[int, int] | None]:
+    """Give patch shape, resolutions and stride; a TIAToolbox `ioconfig` or a mapping goes before the rest."""
+    if ioconfig is not None:
+        names = ("patch_input_shape", "input_resolutions", "stride_shape")
+        if isinstance(ioconfig, Mapping):
+            found = [ioconfig.get(name) for name in names]
+        else:
+            found = [getattr(ioconfig, name, None) for name in names]
+        if found[0] is None or found[1] is None:
+            raise CallTypeError(
+                f"ioconfig must have patch_input_shape and input_resolutions, as attributes or keys; "
+                f"{type(ioconfig).__name__} has not."
+            )
+        shape, resolutions, stride = found
+    if shape is not None:
+        shape = whole_pair(shape, "patch_input_shape")
+    if stride is not None:
+        stride = whole_pair(stride, "stride_shape")
+    return shape, resolutions, stride
+
+
+def resolution_of(resolutions: Any) -> tuple[Any, Any]:
+    """Give the first of `input_resolutions` as (value, units)."""
+    items = [resolutions] if isinstance(resolutions, Mapping) else resolutions
+    if isinstance(items, str) or not isinstance(items, Sequence) or not items:
+        raise CallTypeError("input_resolutions must be a list such as [{'resolution': 0.5, 'units': 'mpp'}].")
+    for item in items:
+        if not isinstance(item, Mapping) or set(item) != {"resolution", "units"}:
+            raise CallTypeError(f"input_resolutions must hold mappings of 'resolution' and 'units', not {item!r}.")
+    if len({item["units"] for item in items}) > 1:
+        raise CallError("input_resolutions must have one kind of units; only the first is read.")
+    value, units = items[0]["resolution"], items[0]["units"]
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    check_resolution(value, units)
+    return (tuple(value) if isinstance(value, list) else value), units
+
+
+def slide_items(
+    images: Any, masks: Any, labels: Any, wsireader_kwargs: Mapping[str, Any] | None, *, auto_get_mask: bool
+) -> list[Item]:
+    """Check slides, masks and labels of a call and bring them together; a slide given twice is one."""
+    if isinstance(images, str | Path) or not isinstance(images, Sequence):
+        raise CallTypeError(f"images must be a list of slides (paths or Slides), not {type(images).__name__}.")
+    check_count("masks", masks, len(images))
+    check_count("labels", labels, len(images))
+    mpp, power = metadata_of(wsireader_kwargs)
+    items: dict[Any, Item] = {}
+    for n, image in enumerate(images):
+        slide, own_mpp, own_power = address_of(image)
+        mask = None if masks is None else masks[n]
+        if mask is None:
+            mask = "tissue" if auto_get_mask else None
+        else:
+            check_mask(mask)
+        items.setdefault(
+            image, Item(image, slide, mask, None if labels is None else labels[n], own_mpp or mpp, own_power or power)
+        )
+    return list(items.values())
+
+
+def address_of(image: Any) -> tuple[str | Path | Slide, Any, Any]:
+    """Give what is to be opened, and the mpp and power that came with it."""
+    if isinstance(image, str | Path | Slide):
+        return image, None, None
+    wrong_slide(image)
+
+
+def wrong_slide(image: Any) -> NoReturn:
+    """Refuse what is no slide."""
+    hint = "; for arrays of patches pass patch_mode=True" if isinstance(image, np.ndarray) else ""
+    raise CallTypeError(f"a slide is a path (str, Path) or a Slide, not {type(image).__name__}{hint}.")
+
+
+def check_mask(mask: Any) -> None:
+    """Refuse a mask of a kind that can't be used, or whose file is not there."""
+    if isinstance(mask, np.ndarray):
+        return
+    if not isinstance(mask, str | Path):
+        raise CallTypeError(f"a mask is None, an array (H, W) or an image path, not {type(mask).__name__}.")
+    if str(mask) != "tissue" and not Path(mask).is_file():
+        raise CallError(f"mask {mask} is not a file: give an image file, an array, or None.")
+
+
+def metadata_of(wsireader_kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """Give the mpp and power of `wsireader_kwargs`; any other key is refused."""
+    if wsireader_kwargs is None:
+        return None, None
+    if not isinstance(wsireader_kwargs, Mapping):
+        raise CallTypeError(f"wsireader_kwargs must be a mapping, not {type(wsireader_kwargs).__name__}.")
+    unknown = sorted(set(wsireader_kwargs) - {"mpp", "power"})
+    if unknown:
+        raise CallTypeError(f"wsireader_kwargs takes mpp and power, not {', '.join(map(str, unknown))}.")
+    mpp, power = wsireader_kwargs.get("mpp"), wsireader_kwargs.get("power")
+    return (None if mpp is None else pair(mpp, "mpp")), (None if power is None else pair(power, "power")[0])

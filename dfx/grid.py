@@ -1,0 +1,166 @@
+"""Where the patches of a slide lie: positions, mask filter, order. Pure arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx.errors import CallError, CallTypeError
+from dfx.resolution import Units, View
+from dfx.tissue import as_mask, read_mask
+
+STRIP = 16
+"""Width, in patches, of the vertical strips that order a grid: 256 patches then cover a square."""
+
+
+MOST = 2**26
+"""Positions that a grid may have before its mask: more is a mistake, and would not fit in memory."""
+
+
+class HasViews(Protocol):
+    """What a grid asks of a slide."""
+
+    def view(self, resolution: float | tuple[float, float], units: Units) -> View:
+        """Give the way in which the slide is read at a resolution."""
+        ...
+
+    def tissue_mask(self) -> NDArray[np.bool_]:
+        """Give a mask over the whole slide, true on tissue."""
+        ...
+
+
+def whole_pair(value: Any, name: str) -> tuple[int, int]:
+    """Give a whole positive number, or a pair (rows, columns) of them, as a pair."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value] * 2
+    if len(items) != 2 or any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in items):
+        raise CallTypeError(f"{name} must be a whole number or a pair (rows, columns) of them, not {value!r}.")
+    if min(items) < 1:
+        raise CallError(f"{name} must be at least 1 pixel each way, not {value!r}.")
+    return int(items[0]), int(items[1])
+
+
+def check_ratio(ratio: object) -> float:
+    """Give `min_mask_ratio` as a float from 0 to 1."""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float | np.number):
+        raise CallTypeError(f"min_mask_ratio must be a number from 0 to 1, not {ratio!r}.")
+    if not 0 <= ratio <= 1:
+        raise CallError(f"min_mask_ratio must be from 0 to 1, not {ratio!r}.")
+    return float(ratio)
+
+
+def covered(
+    origins_xy: NDArray[np.integer],
+    shape_yx: tuple[int, int],
+    size_xy: tuple[int, int],
+    mask: NDArray[np.bool_],
+    min_mask_ratio: float = 0.0,
+) -> NDArray[np.bool_]:
+    """Which patches the mask keeps, bool (N,).
+
+    The mask is stretched over the whole slide (`size_xy`). A patch is kept when some of the mask
+    under it is true and the true share is above `min_mask_ratio` (or 1). The window under a patch
+    is truncated to whole cells in float32 as TIAToolbox does, but is never less than one cell, so
+    that patches finer than the mask are kept.
+    """
+    cells = np.array(mask.shape[::-1])
+    scale = cells / np.array(size_xy)
+    ends = origins_xy + np.array(shape_yx[::-1])
+    start = np.clip((origins_xy * scale).astype(np.float32), 0, cells.astype(np.float32)).astype(np.int64)
+    stop = np.clip((ends * scale).astype(np.float32), 0, cells.astype(np.float32)).astype(np.int64)
+    start = np.minimum(start, cells - 1)
+    stop = np.maximum(stop, start + 1)
+    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
+    np.cumsum(np.cumsum(mask, axis=0, dtype=np.int64), axis=1, out=total[1:, 1:])
+    (x0, y0), (x1, y1) = start.T, stop.T
+    true = total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0]
+    area = (x1 - x0) * (y1 - y0)
+    return np.asarray((true > 0) & ((true == area) | (true > area * min_mask_ratio)))
+
+
+@dataclass(frozen=True, eq=False)
+class PatchGrid:
+    """The patches of one slide at one resolution, in the order of the rows of the output."""
+
+    shape_yx: tuple[int, int]
+    """Rows and columns of a patch at the requested resolution."""
+    stride_yx: tuple[int, int]
+    """Rows and columns from one patch to the next."""
+    view: View
+    """How the slide is read."""
+    steps_xy: NDArray[np.unsignedinteger[Any]]
+    """(N, 2): each patch's position in strides, (x, y)."""
+
+    @classmethod
+    def over(
+        cls,
+        slide: HasViews,
+        *,
+        shape: int | tuple[int, int] = (224, 224),
+        resolution: float | tuple[float, float] = 0.5,
+        units: Units = "mpp",
+        stride: int | tuple[int, int] | None = None,
+        mask: str | Path | NDArray[Any] | None = "tissue",
+        min_mask_ratio: float = 0.0,
+    ) -> PatchGrid:
+        """Lay a grid over a slide and keep the patches under the mask.
+
+        `shape` and `stride` (default: the shape) are (rows, columns) at the requested resolution;
+        the grid starts at the slide's top left corner and its last patches may overhang. `mask`:
+        "tissue" (Otsu), None (every patch), an array over the whole slide, or an image path.
+        `min_mask_ratio`: share of a patch that must be above this. Raises `ResolutionError` when
+        the slide lacks the metadata that the units need, `CallError` for a bad value.
+
+        The order is by vertical strips of 16 patches, rows from top to bottom within a strip, so
+        that a run of 256 patches lies close together; it depends on nothing but the grid.
+        """
+        shape_yx = whole_pair(shape, "patch shape")
+        stride_yx = whole_pair(shape if stride is None else stride, "stride")
+        min_mask_ratio = check_ratio(min_mask_ratio)
+        view = slide.view(resolution, units)
+        columns, rows = (-(-size // step) for size, step in zip(view.size_xy, stride_yx[::-1], strict=True))
+        if rows * columns > MOST:
+            raise CallError(
+                f"a stride of {stride_yx} over {view.size_xy[0]} x {view.size_xy[1]} pixels makes "
+                f"{rows * columns:,} patches, more than {MOST:,}: use a larger stride or a coarser resolution."
+            )
+        iy, ix = np.indices((rows, columns)).reshape(2, -1)
+        steps = np.stack([ix, iy], axis=1)
+        if mask is not None:
+            cells = slide.tissue_mask() if isinstance(mask, str) and mask == "tissue" else mask
+            cells = read_mask(cells) if isinstance(cells, str | Path) else as_mask(cells)
+            origins = steps * np.array(stride_yx[::-1])
+            steps = steps[covered(origins, shape_yx, view.size_xy, cells, min_mask_ratio)]
+        order = np.lexsort((steps[:, 0], steps[:, 1], steps[:, 0] // STRIP))
+        dtype = np.uint16 if max(rows, columns) <= 2**16 else np.uint32
+        return cls(shape_yx, stride_yx, view, steps[order].astype(dtype))
+
+    def __len__(self) -> int:
+        return len(self.steps_xy)
+
+    def origins(self, steps_xy: NDArray[Any]) -> NDArray[np.int64]:
+        """Top left corners, int64 (n, 2) as (x, y) at the requested resolution."""
+        return np.asarray(steps_xy.astype(np.int64) * np.array(self.stride_yx[::-1]))
+
+    @cached_property
+    def coordinates(self) -> NDArray[np.int64]:
+        """int64 (N, 4): [x0, y0, x1, y1] at the requested resolution, end exclusive."""
+        start = self.origins(self.steps_xy)
+        return np.concatenate([start, start + np.array(self.shape_yx[::-1])], axis=1)
+
+    def to_baseline(self) -> NDArray[np.float64]:
+        """float64 (N, 4): the coordinates in baseline (level 0) pixels."""
+        return np.asarray(self.coordinates * np.tile(self.view.to_baseline, 2))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the coordinates: equal grids have equal digests."""
+        return hashlib.sha256(self.coordinates.tobytes()).hexdigest()

@@ -1,0 +1,61 @@
+"""One block: read it, encode it, return an array. No Dask here: it runs alone in a debugger."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx.encoders import EncoderSpec, encode
+from dfx.plan import BlockWork
+from dfx.reader import read_patches
+
+Meter = Callable[[str], AbstractContextManager[Any]]
+
+_thread = threading.local()
+
+
+def batch_buffer(n: int, shape_yx: tuple[int, int]) -> NDArray[np.uint8]:
+    """Give this thread's buffer of patches, uint8 (n, rows, columns, 3): fresh ones cost page faults."""
+    buffer: NDArray[np.uint8] | None = getattr(_thread, "patches", None)
+    if buffer is None or buffer.shape[0] < n or buffer.shape[1:3] != shape_yx:
+        buffer = _thread.patches = np.empty((n, *shape_yx, 3), np.uint8)
+    return buffer[:n]
+
+
+def read_block(steps_xy: NDArray[Any], work: BlockWork, *, meter: Meter = nullcontext) -> NDArray[np.uint8]:
+    """Read a block's patches, uint8 (n, rows, columns, 3)."""
+    with meter("dfx-read"):
+        return read_patches(work.slide, work.grid.view, work.origins(steps_xy), work.grid.shape_yx)
+
+
+def encode_block(
+    steps_xy: NDArray[Any], work: BlockWork, *, threads: int | None = None, meter: Meter = nullcontext
+) -> NDArray[np.floating[Any]]:
+    """Read and encode a block, a batch at a time: floating (n, D).
+
+    `steps_xy` (n, 2): the block's positions in strides. `threads`: how many torch may use on a CPU.
+    `meter` times the stages "dfx-read" and "dfx-encode".
+    """
+    encoder = work.encoder
+    assert encoder is not None
+    size, shape = work.options.batch_size, work.grid.shape_yx
+    rows = []
+    for start in range(0, len(steps_xy), size):
+        origins = work.origins(steps_xy[start : start + size])
+        with meter("dfx-read"):
+            patches = read_patches(work.slide, work.grid.view, origins, shape, batch_buffer(len(origins), shape))
+        with meter("dfx-encode"):
+            rows.append(encode(encoder, patches, batch_size=size, device=work.options.device, threads=threads))
+    return np.concatenate(rows)
+
+
+def encode_patches(
+    patches: NDArray[np.uint8], encoder: EncoderSpec, *, batch_size: int, device: str, threads: int | None = None
+) -> NDArray[np.floating[Any]]:
+    """Encode patches that are in memory already: floating (n, D)."""
+    return encode(encoder, patches, batch_size=batch_size, device=device, threads=threads)

@@ -1,0 +1,140 @@
+"""Loose patches: arrays and image files that are encoded as they are, without a slide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import dask
+import dask.array as da
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx import cluster, kernel
+from dfx.encoders import EncoderSpec, output
+from dfx.errors import CallError, CallTypeError, SlideError
+from dfx.plan import Options
+
+ENDINGS = (".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+
+
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """Patches of one shape, in memory or in files."""
+
+    source: NDArray[Any]
+    """uint8 (N, rows, columns, channels), or (N,) paths."""
+    shape_yx: tuple[int, int]
+    """Rows and columns of each."""
+
+
+def gather(images: object, shape_yx: tuple[int, int] | None) -> Patches:
+    """Check loose patches: an NHWC array, a list of HWC arrays, or a list of image files.
+
+    Raises `CallTypeError` or `CallError` for what can't be patches, `SlideError` for a file that
+    can't be read. `shape_yx`, where given, is the shape that they must have.
+    """
+    if isinstance(images, np.ndarray):
+        source = images
+    elif isinstance(images, Sequence) and not isinstance(images, str | bytes) and len(images):
+        if all(isinstance(image, np.ndarray) for image in images):
+            shapes = {image.shape for image in images}
+            if len(shapes) > 1:
+                raise CallError(f"patches must have one shape, not {sorted(shapes)[:4]}: run each shape by itself.")
+            source = np.stack(images)
+        elif all(isinstance(image, str | Path) for image in images):
+            source = np.array([str(Path(image).absolute()) for image in images])
+        else:
+            kinds = sorted({type(image).__name__ for image in images})
+            raise CallTypeError(f"patches must all be arrays or all be image files, not {', '.join(kinds)}.")
+    else:
+        kind = "an empty list" if isinstance(images, list | tuple) else type(images).__name__
+        raise CallTypeError(
+            f"patch mode takes an array (N, rows, columns, 3), a list of arrays or a list of image files, "
+            f"not {kind}; for slides pass patch_mode=False."
+        )
+    if source.ndim == 1:
+        first = read_image(str(source[0]))
+        return Patches(source, check_shape(first.shape[:2], shape_yx))
+    if source.ndim != 4 or source.dtype != np.uint8 or source.shape[3] != 3 or not source.size:
+        raise CallError(
+            f"patches must be uint8 RGB of shape (N, rows, columns, 3), not {source.dtype} of shape {source.shape}."
+        )
+    return Patches(source, check_shape(source.shape[1:3], shape_yx))
+
+
+def check_shape(found: tuple[int, ...], asked: tuple[int, int] | None) -> tuple[int, int]:
+    """Raise `CallError` when patches are not of the shape that was asked for."""
+    if asked is not None and tuple(found) != asked:
+        raise CallError(
+            f"patches have {found[0]} x {found[1]} pixels, but patch_input_shape is {asked}: resize or omit it."
+        )
+    return int(found[0]), int(found[1])
+
+
+def read_image(path: str) -> NDArray[np.uint8]:
+    """Read an image file or a .npy as uint8 RGB (rows, columns, 3); raises `SlideError`."""
+    file = Path(path)
+    if file.suffix.lower() not in ENDINGS:
+        raise SlideError(
+            f"{path} is no patch that can be read: give {', '.join(ENDINGS)}; for slides pass patch_mode=False."
+        )
+    if not file.is_file():
+        raise SlideError(f"{path} does not exist: check the path.")
+    try:
+        if file.suffix.lower() == ".npy":
+            image = np.load(file, allow_pickle=False)
+        else:
+            decoded = cv2.imdecode(np.frombuffer(file.read_bytes() or b"\0", np.uint8), cv2.IMREAD_COLOR)
+            image = None if decoded is None else cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
+    except (OSError, ValueError, cv2.error) as e:
+        raise SlideError(f"{path} can't be read as an image ({e}).") from e
+    if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise SlideError(f"{path} is no 8-bit RGB image: convert it.")
+    return np.asarray(image)
+
+
+def read_and_encode(
+    block: NDArray[Any], encoder: EncoderSpec, options: Options, shape_yx: tuple[int, int]
+) -> NDArray[Any]:
+    """Encode a block of patches, reading them first where they are paths."""
+    if block.dtype.kind == "U":
+        images = []
+        for path in block.ravel().tolist():
+            image = read_image(path)
+            if image.shape[:2] != shape_yx:
+                raise SlideError(
+                    f"{path} has {image.shape[0]} x {image.shape[1]} pixels, the first patch has {shape_yx}."
+                )
+            images.append(image)
+        block = np.stack(images)
+    return kernel.encode_patches(
+        block, encoder, batch_size=options.batch_size, device=options.device, threads=cluster.task_threads()
+    )
+
+
+def encode_all(
+    patches: Patches, encoder: EncoderSpec, options: Options, client: Any = None
+) -> NDArray[np.floating[Any]]:
+    """Encode loose patches, (N, D), on a client's workers (None: on threads of this process)."""
+    dim, dtype = output(encoder, patches.shape_yx)
+    cluster.share(encoder, client)
+    source = patches.source if patches.source.ndim == 4 else patches.source[:, None]
+    blocks = da.from_array(source, chunks=(options.block_size, *source.shape[1:]))
+    task = partial(read_and_encode, encoder=encoder, options=options, shape_yx=patches.shape_yx)
+    lazy = da.map_blocks(
+        task,
+        blocks,
+        chunks=(blocks.chunks[0], (dim,)),
+        drop_axis=[2, 3] if source.ndim == 4 else None,
+        dtype=dtype,
+        meta=np.empty((0, 0), dtype),
+    )
+    # Patches that the caller holds in memory can reach workers through the graph only; that's no mistake to warn of.
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
+        found: NDArray[np.floating[Any]] = lazy.compute(scheduler=client or "threads")
+    return found

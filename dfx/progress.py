@@ -1,0 +1,42 @@
+"""A progress bar over the events of a run."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from tqdm import tqdm
+
+from dfx.run import BlockDone, Event, Planned, SlideDone, SlideFailed
+
+
+class ProgressBar:
+    """Counts patches and slides; the total grows as slides are planned."""
+
+    def __init__(self, slides: int, *, show: bool) -> None:
+        self._slides = slides
+        self._done = self._failed = 0
+        self._bar = tqdm(total=0, unit="patch", disable=not show, desc=self._text())
+
+    def _text(self) -> str:
+        failed = f", {self._failed} failed" if self._failed else ""
+        return f"{self._done}/{self._slides} slides{failed}"
+
+    def __call__(self, event: Event) -> None:
+        """Take an event of a run."""
+        if isinstance(event, Planned):
+            self._bar.total = (self._bar.total or 0) + len(event.plan.grid)
+            self._bar.update(event.done)
+        elif isinstance(event, BlockDone):
+            self._bar.update(event.patches)
+        else:
+            self._done += isinstance(event, SlideDone)
+            self._failed += isinstance(event, SlideFailed)
+            self._bar.set_description(self._text())
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

@@ -1,0 +1,161 @@
+"""Arithmetic between the baseline, a pyramid level and a requested resolution. Pure.
+
+The choice of level, the slide's size and the rounding of positions are those of TIAToolbox 2.1.3
+(`WSIReader._find_optimal_level_and_downsample`, `find_read_bounds_params`), so that the patches of
+both lie on the same pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx.errors import CallError, CallTypeError, ResolutionError
+
+Units: TypeAlias = Literal["mpp", "power", "level", "baseline"]
+UNITS: tuple[Units, ...] = ("mpp", "power", "level", "baseline")
+
+
+def pair(value: Any, name: str) -> tuple[float, float]:
+    """Give a positive number, or a pair (x, y) of them, as a pair.
+
+    Raises `CallTypeError` for what is no number or pair, `CallError` for one that is not positive
+    and finite; `name` says whose value it is.
+    """
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    items = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value] * 2
+    if len(items) != 2 or any(isinstance(i, bool) or not isinstance(i, int | float | np.number) for i in items):
+        raise CallTypeError(f"{name} must be a number or a pair (x, y) of numbers, not {value!r}.")
+    x, y = (float(i) for i in items)
+    if not all(math.isfinite(i) and i > 0 for i in (x, y)):
+        raise CallError(f"{name} must be positive and finite, not {value!r}.")
+    return x, y
+
+
+def check_resolution(resolution: Any, units: object) -> None:
+    """Refuse a resolution that is wrong for any slide: an unknown unit, or no positive number."""
+    if units not in UNITS:
+        raise CallError(f"units must be one of {', '.join(UNITS)}, not {units!r}.")
+    if units != "level":
+        pair(resolution, f"resolution in {units}")
+        return
+    is_index = isinstance(resolution, int | float | np.number) and not isinstance(resolution, bool)
+    if not is_index or resolution < 0 or resolution != int(resolution):
+        raise CallError(
+            f"a level is a whole number from 0 (the baseline), not {resolution!r}; "
+            "for a scale between levels use units='baseline' or 'mpp'."
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """How a slide is read at one resolution."""
+
+    level: int
+    """The pyramid level that is read: the coarsest one that is at least as fine as asked."""
+    scale_xy: tuple[float, float]
+    """Requested pixels per pixel of that level; above 1 where the slide itself is coarser."""
+    downsample: float
+    """Baseline pixels per pixel of that level."""
+    size_xy: tuple[int, int]
+    """Width and height of the whole slide at the requested resolution."""
+    resolution: float | tuple[float, float]
+    """The requested value."""
+    units: Units
+    """Its units."""
+
+    @property
+    def to_baseline(self) -> tuple[float, float]:
+        """(x, y) factors from positions at the requested resolution to baseline pixels."""
+        return self.downsample / self.scale_xy[0], self.downsample / self.scale_xy[1]
+
+    def rectangles(
+        self, origins_xy: NDArray[np.integer], shape_yx: tuple[int, int]
+    ) -> tuple[NDArray[np.int64], tuple[int, int]]:
+        """Where patches lie on the level that is read.
+
+        `origins_xy`: int (N, 2), top left corners at the requested resolution. Gives the corners
+        on the level, int64 (N, 2) as (x, y), and the size (width, height) that each patch covers
+        there. Rounding as the reference: up to whole baseline pixels, then to the nearest of the level.
+        """
+        # 1 / downsample first, then divide: another order rounds some positions the other way.
+        from_baseline = 1 / self.downsample * np.asarray(self.scale_xy)
+        corner = np.rint(np.ceil(origins_xy / from_baseline) / self.downsample).astype(np.int64)
+        size = np.rint(np.ceil(np.array(shape_yx[::-1]) / from_baseline) / self.downsample).astype(np.int64)
+        return corner, (max(1, int(size[0])), max(1, int(size[1])))
+
+
+def level_scales(
+    downsamples: Sequence[float],
+    resolution: float | tuple[float, float],
+    units: Units,
+    *,
+    mpp: tuple[float, float] | None,
+    power: float | None,
+    name: str,
+) -> NDArray[np.float64]:
+    """Scale of each level against the resolution, float64 (levels, 2) as (x, y).
+
+    Below 1 the level is finer than asked. Raises `ResolutionError` when the slide (`name`) lacks
+    what the units need.
+    """
+    ds = np.asarray(downsamples, np.float64)[:, None]
+    if units == "mpp":
+        if mpp is None:
+            guess = f" (its objective of {power:g}x suggests about {10 / power:g})" if power else ""
+            raise ResolutionError(
+                f"{name} has no microns per pixel, so {resolution} mpp can't be placed: "
+                f"give the slide's own with mpp= (--slide-mpp){guess}, or use units='baseline' or 'level'."
+            )
+        return np.asarray(np.array(mpp) * ds / np.array(pair(resolution, "resolution")))
+    if units == "power":
+        if power is None:
+            raise ResolutionError(
+                f"{name} has no objective power, so {resolution}x can't be placed: "
+                "give the slide's own with power= (--slide-power), or use units='mpp', 'baseline' or 'level'."
+            )
+        return np.asarray(np.array([1 / power] * 2) * ds / (1.0 / np.array(pair(resolution, "resolution"))))
+    if units == "baseline":
+        return np.asarray(ds / (1.0 / np.array(pair(resolution, "resolution"))))
+    index = int(resolution)  # type: ignore[arg-type]  # check_resolution has seen to it
+    if index >= len(downsamples):
+        raise ResolutionError(f"{name} has levels 0 to {len(downsamples) - 1}, so level {index} can't be read.")
+    return np.asarray(ds / np.array([downsamples[index]] * 2))
+
+
+def view(
+    downsamples: Sequence[float],
+    baseline_size_xy: tuple[int, int],
+    resolution: float | tuple[float, float],
+    units: Units,
+    *,
+    mpp: tuple[float, float] | None = None,
+    power: float | None = None,
+    name: str = "the slide",
+) -> View:
+    """Choose the level for a resolution and work out the slide's size there."""
+    check_resolution(resolution, units)
+    scales = level_scales(downsamples, resolution, units, mpp=mpp, power=power, name=name)
+    fine_enough = np.flatnonzero((np.round(scales, 3) <= 1).all(axis=1))
+    level = int(fine_enough[-1]) if len(fine_enough) else 0
+    scale = scales[level]
+    size = np.rint(np.rint(np.array(baseline_size_xy) / downsamples[level]) * scale).astype(np.int64)
+    if (size < 1).any():
+        raise ResolutionError(
+            f"{name} is smaller than one pixel at {resolution} {units}: "
+            f"it has {baseline_size_xy[0]} x {baseline_size_xy[1]} pixels at the baseline; ask for a finer resolution."
+        )
+    return View(
+        level=level,
+        scale_xy=(float(scale[0]), float(scale[1])),
+        downsample=float(downsamples[level]),
+        size_xy=(int(size[0]), int(size[1])),
+        resolution=resolution,
+        units=units,
+    )

@@ -1,0 +1,348 @@
+"""The slide: its levels, its metadata, and the pixels of tiles. No file format is known here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import cv2
+import dask.array as da
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx import resolution as res
+from dfx.errors import ResolutionError, SlideError
+from dfx.slides.source import ByteSource, Opened
+from dfx.tissue import tissue_mask
+
+Decode: TypeAlias = Callable[[bytes, int], NDArray[Any]]
+Colour: TypeAlias = Literal["rgb", "rgba", "rgba-associated", "grey", "other"]
+
+OPENED = Opened()
+COMMON_POWERS = (1, 1.25, 2, 2.5, 4, 5, 10, 20, 40, 60, 90, 100)
+MOST_THUMBNAIL_PIXELS = 2**26
+"""Larger levels are averaged to a thumbnail band by band, in bounded memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class TileGrid:
+    """A rectangle of equal tiles, as the file stores them."""
+
+    origin_yx: tuple[int, int]
+    """Where the rectangle's first pixel lies on the level."""
+    shape_yx: tuple[int, int]
+    """Its rows and columns of pixels; the last tiles may be padded beyond."""
+    tile_yx: tuple[int, int]
+    """Rows and columns of a tile."""
+    offsets: NDArray[np.int64]
+    """(planes, rows, columns) byte offset of each tile; 0 where the file has none."""
+    counts: NDArray[np.int64]
+    """(planes, rows, columns) bytes of each tile; 0 where the file has none."""
+    decoders: tuple[Decode, ...]
+    """One a plane: (bytes, index of the tile in its plane) -> (rows, columns, channels) array."""
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One resolution of the pyramid."""
+
+    shape_yx: tuple[int, int]
+    """Rows and columns of pixels."""
+    channels: int
+    """Channels as the file has them."""
+    dtype: np.dtype[Any]
+    """Data type as the file has it."""
+    downsample: float
+    """Baseline pixels per pixel, the mean of both axes."""
+    codec: str
+    """How tiles are compressed."""
+    colour: Colour
+    """What the channels are; patches can be made of all but "other"."""
+    parts: tuple[TileGrid, ...] = field(repr=False)
+    """The rectangles of tiles that make up the level."""
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height)."""
+        return self.shape_yx[::-1]
+
+    @property
+    def tile_yx(self) -> tuple[int, int]:
+        """Rows and columns of a tile."""
+        return self.parts[0].tile_yx
+
+    @property
+    def background(self) -> int:
+        """What stands where the file has no tile: white in a picture, 0 in other channels."""
+        return 255 if self.dtype == np.uint8 and self.colour != "other" else 0
+
+
+def as_rgb(tile: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
+    """Give a tile as RGB: grey is repeated, alpha is laid over white."""
+    if colour == "rgb":
+        return tile
+    if colour == "grey":
+        return np.broadcast_to(tile, (*tile.shape[:2], 3))
+    alpha = tile[..., 3:].astype(np.uint16)
+    if (alpha == 255).all():
+        return tile[..., :3]
+    if colour == "rgba-associated":  # already multiplied by alpha
+        return np.asarray(np.minimum(tile[..., :3] + (255 - alpha), 255).astype(np.uint8))
+    over_white: NDArray[np.uint8] = ((tile[..., :3] * alpha + (255 - alpha) * 255 + 127) // 255).astype(np.uint8)
+    return over_white
+
+
+@dataclass(frozen=True, eq=False)
+class Slide:
+    """A whole-slide image: plain data that pickles to its address, and the pixels behind it.
+
+    Safe to use from several threads at once. `dfx.open_slide` makes it.
+    """
+
+    url: str
+    """Absolute path or URL."""
+    vendor: str
+    """Scanner or format family: aperio, hamamatsu, leica, philips, ome, perkinelmer or generic."""
+    mpp: tuple[float, float] | None
+    """Microns per baseline pixel, (x, y); None where unknown."""
+    power: float | None
+    """Objective power of the baseline; None where unknown."""
+    levels: tuple[Level, ...]
+    """The pyramid, finest first."""
+    notes: tuple[str, ...]
+    """What a careful user should know of this file."""
+    identity: str
+    """Names the file's content, whatever its path."""
+    source: ByteSource = field(repr=False)
+    overrides: tuple[tuple[float, float] | None, float | None] = (None, None)
+    """mpp and power that the user gave."""
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    reopen: Callable[..., Slide] = field(default=None, repr=False)  # type: ignore[assignment]
+    """Opens the same slide in another process."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.reopen, self.url, *self.overrides, self.storage_options, self.identity)
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return "dfx.Slide", self.identity, self.url, self.mpp, self.power
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) of the baseline."""
+        return self.levels[0].dimensions
+
+    def view(self, resolution: float | tuple[float, float], units: res.Units) -> res.View:
+        """Give the way in which the slide is read at a resolution; raises `ResolutionError`."""
+        return self._view(resolution, units, self.power)
+
+    def _view(self, resolution: float | tuple[float, float], units: res.Units, power: float | None) -> res.View:
+        downsamples = [level.downsample for level in self.levels]
+        return res.view(downsamples, self.dimensions, resolution, units, mpp=self.mpp, power=power, name=self.url)
+
+    def level(self, n: int) -> da.Array:
+        """Give a level as a lazy array (rows, columns, channels) in the file's own dtype.
+
+        Chunks are whole tiles, about 2,048 pixels a side (whole strips where there are no tiles).
+        """
+        if not 0 <= n < len(self.levels):
+            raise ResolutionError(f"{self.url} has levels 0 to {len(self.levels) - 1}, so level {n!r} can't be read.")
+        level = self.levels[n]
+        chunks = tuple(max(1, 2048 // tile) * tile for tile in level.tile_yx)
+        pixels = LevelPixels(self, n)
+        return da.from_array(
+            pixels,
+            chunks=(*(min(c, s) for c, s in zip(chunks, level.shape_yx, strict=True)), level.channels),
+            inline_array=True,
+            asarray=False,
+            fancy=False,
+            meta=np.empty((0, 0, 0), level.dtype),
+            name=f"level-{da.core.tokenize(pixels)}",
+        )
+
+    def read_tiles(
+        self,
+        n: int,
+        canvas: NDArray[Any],
+        origin_yx: tuple[int, int],
+        boxes: NDArray[np.int64],
+        *,
+        rgb: bool,
+    ) -> int:
+        """Decode each tile that a box touches, once, into a canvas; gives how many were decoded.
+
+        `canvas` (rows, columns, channels) begins at the level's pixel `origin_yx`; `boxes` is int
+        (N, 4) as (y0, x0, y1, x1) on the level. Pixels without a tile are left as they were. Raises
+        `SlideError` that names the tile.
+        """
+        level, decoded = self.levels[n], 0
+        if rgb:
+            self.check_picture(n)
+        for part in level.parts:
+            th, tw = part.tile_yx
+            rows, columns = part.offsets.shape[1:]
+            local = boxes - np.tile(part.origin_yx, 2)
+            low = np.maximum(local[:, :2] // (th, tw), 0)
+            high = np.minimum(-(-local[:, 2:] // (th, tw)), (rows, columns))
+            wanted = np.zeros((rows, columns), bool)
+            for (r0, c0), (r1, c1) in zip(low.tolist(), high.tolist(), strict=True):
+                wanted[r0:r1, c0:c1] = True
+            wanted &= (part.counts > 0).all(axis=0) & (part.offsets > 0).all(axis=0)
+            found = np.argwhere(wanted).tolist()
+            for r, c in found:
+                tile = self._decode(n, part, r, c)
+                if rgb:
+                    tile = as_rgb(tile, level.colour)
+                top, left = part.origin_yx[0] + r * th, part.origin_yx[1] + c * tw
+                bottom = min(top + th, part.origin_yx[0] + part.shape_yx[0])
+                right = min(left + tw, part.origin_yx[1] + part.shape_yx[1])
+                paste(canvas, origin_yx, tile[: bottom - top, : right - left], (top, left))
+            decoded += len(found)
+        return decoded
+
+    def _decode(self, n: int, part: TileGrid, row: int, column: int) -> NDArray[Any]:
+        index = row * part.offsets.shape[2] + column
+        at = [(int(o), int(c)) for o, c in zip(part.offsets[:, row, column], part.counts[:, row, column], strict=True)]
+        name = f"tile {index} (row {row}, column {column}) of level {n} of {self.url}"
+        if any(offset < 0 or count < 0 or offset + count > self.source.size for offset, count in at):
+            raise SlideError(
+                f"{name} lies past the end of the file, which has {self.source.size} bytes: copy the slide again."
+            )
+        planes = []
+        for data, decode in zip(self.source.read(at), part.decoders, strict=True):
+            try:
+                planes.append(decode(data, index))
+            except Exception as e:  # codecs raise many kinds; none of them says which tile
+                raise SlideError(f"{name} can't be decoded ({e}): the file is damaged; copy or export it again.") from e
+        tile = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
+        needed = [
+            min(size, whole - i * size)
+            for size, whole, i in zip(part.tile_yx, part.shape_yx, (row, column), strict=True)
+        ]
+        if tile.shape[0] < needed[0] or tile.shape[1] < needed[1] or tile.shape[2] != self.levels[n].channels:
+            raise SlideError(f"{name} has {tile.shape} pixels, not {part.tile_yx}: the file is damaged.")
+        return tile
+
+    def check_picture(self, n: int = 0) -> None:
+        """Raise `SlideError` when the level's channels are no colours that patches can be made of."""
+        level = self.levels[n]
+        if level.colour == "other" or level.dtype != np.uint8:
+            raise SlideError(
+                f"{self.url} has {level.channels} channel(s) of {level.dtype}, which are not 8-bit grey, RGB or RGBA: "
+                "patches are RGB; choose and scale the channels first (slide.level(0) gives them as they are)."
+            )
+
+    def thumbnail(self, max_size: int = 1024) -> NDArray[np.uint8]:
+        """Give the whole slide as uint8 RGB (rows, columns, 3), its longer side at most `max_size`."""
+        scale = min(1.0, max_size / max(self.dimensions))
+        return self.picture(self.view(scale, "baseline"))
+
+    def picture(self, view: res.View) -> NDArray[np.uint8]:
+        """Give the whole slide at a view, by area averaging; uint8 RGB (rows, columns, 3)."""
+        level = self.levels[view.level]
+        height, width = level.shape_yx
+        columns, rows = view.size_xy
+        how = cv2.INTER_AREA if rows <= height and columns <= width else cv2.INTER_CUBIC
+        bands = 1 if height * width <= MOST_THUMBNAIL_PIXELS else -(-height * width * 4 // MOST_THUMBNAIL_PIXELS)
+        edges = np.linspace(0, rows, min(bands, rows) + 1).round().astype(int)
+        out = np.empty((rows, columns, 3), np.uint8)
+        for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            top, bottom = round(start * height / rows), round(stop * height / rows)
+            band = self.region(view.level, (top, 0, bottom, width), rgb=True)
+            same = band.shape[:2] == (stop - start, columns)
+            out[start:stop] = band if same else cv2.resize(band, (columns, stop - start), interpolation=how)
+        return out
+
+    def region(self, n: int, box: tuple[int, int, int, int], *, rgb: bool) -> NDArray[Any]:
+        """Read the pixels (y0, x0, y1, x1) of a level; background where there is no tile."""
+        level = self.levels[n]
+        y0, x0, y1, x1 = box
+        canvas = np.full((y1 - y0, x1 - x0, 3 if rgb else level.channels), level.background, level.dtype)
+        self.read_tiles(n, canvas, (y0, x0), np.array([box]), rgb=rgb)
+        return canvas
+
+    def tissue_mask(self) -> NDArray[np.bool_]:
+        """Find tissue by Otsu's threshold on a thumbnail: bool (rows, columns) over the whole slide.
+
+        The thumbnail is at 1.25x as TIAToolbox has it (6 mpp where only `mpp=` was given). Where
+        the slide says nothing of its resolution, it is a sixteenth of the baseline.
+        """
+        return tissue_mask(self.picture(self._mask_view()))
+
+    def _mask_view(self) -> res.View:
+        power = self.power
+        if power is None and self.mpp is not None and self.overrides[0] is None:
+            mean = (self.mpp[0] + self.mpp[1]) / 2
+            power = min(COMMON_POWERS, key=lambda common: abs(10 / mean - common))
+        if power is not None:
+            return self._view(1.25, "power", power)
+        if self.mpp is not None:
+            return self.view(6.0, "mpp")
+        return self.view(min(1.0, max(1 / 16, 512 / max(self.dimensions))), "baseline")
+
+
+def paste(canvas: NDArray[Any], origin_yx: tuple[int, int], tile: NDArray[Any], at_yx: tuple[int, int]) -> None:
+    """Copy the part of a tile at `at_yx` that lies on the canvas, whose corner is `origin_yx`."""
+    top, left = at_yx[0] - origin_yx[0], at_yx[1] - origin_yx[1]
+    y0, x0 = max(0, -top), max(0, -left)
+    y1, x1 = min(tile.shape[0], canvas.shape[0] - top), min(tile.shape[1], canvas.shape[1] - left)
+    if y1 > y0 and x1 > x0:
+        canvas[top + y0 : top + y1, left + x0 : left + x1] = tile[y0:y1, x0:x1]
+
+
+@dataclass(frozen=True, eq=False)
+class LevelPixels:
+    """What a lazy level reads from: slicing decodes the tiles under the slice."""
+
+    slide: Slide
+    n: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(rows, columns, channels)."""
+        level = self.slide.levels[self.n]
+        return (*level.shape_yx, level.channels)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The file's own."""
+        return self.slide.levels[self.n].dtype
+
+    @property
+    def ndim(self) -> int:
+        """Always 3."""
+        return 3
+
+    def __getitem__(self, index: tuple[slice, ...]) -> NDArray[Any]:
+        rows, columns = (
+            range(size)[i] if isinstance(i, slice) else range(i, i + 1)
+            for i, size in zip(index[:2], self.shape, strict=False)
+        )
+        if not len(rows) or not len(columns):
+            return np.empty(self.shape, self.dtype)[index]
+        y0, y1 = sorted((rows[0], rows[-1]))
+        x0, x1 = sorted((columns[0], columns[-1]))
+        pixels = self.slide.region(self.n, (y0, x0, y1 + 1, x1 + 1), rgb=False)
+        within = [slice(None, None, i.step) if isinstance(i, slice) else 0 for i in index[:2]]
+        return pixels[(*within, *index[2:])]
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return *self.slide.__dask_tokenize__(), self.n
+
+
+def _reopened(
+    reopen: Callable[..., Slide],
+    url: str,
+    mpp: tuple[float, float] | None,
+    power: float | None,
+    storage_options: Mapping[str, Any] | None,
+    identity: str,
+) -> Slide:
+    def build() -> Slide:
+        slide = reopen(url, mpp=mpp, power=power, storage_options=storage_options)
+        if slide.identity != identity:
+            raise SlideError(f"{url} changed since it was opened: open it again, or restore the file.")
+        return slide
+
+    slide: Slide = OPENED.get((url, mpp, power, identity), build)
+    return slide

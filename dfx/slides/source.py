@@ -1,0 +1,126 @@
+"""Byte ranges of a slide's file: the seam between where a slide lies and how it is decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from dfx.errors import SlideError
+
+PROBE = 64 * 1024
+
+
+class ByteSource(Protocol):
+    """The bytes of one file. Safe to use from several threads at once."""
+
+    url: str
+    size: int
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Give the bytes of each (offset, count), whole; raises `SlideError` when some are missing."""
+        ...
+
+    def open(self) -> BinaryIO:
+        """Open the file for a header parser; the caller closes it."""
+        ...
+
+
+class LocalFile:
+    """A file on a mounted disk: one descriptor a process, positioned reads, so no seek and no lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.url = str(path)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as e:
+            raise SlideError(f"{path} can't be opened: {e.strerror}. Check the path and its permissions.") from e
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
+        self.size = os.fstat(self._fd).st_size
+
+    def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Give the bytes of each (offset, count), whole."""
+        return [self._read(offset, count) for offset, count in ranges]
+
+    def _read(self, offset: int, count: int) -> bytes:
+        data = os.pread(self._fd, count, offset)
+        while len(data) < count:  # a read may be interrupted, or meet its 2 GiB limit
+            more = os.pread(self._fd, count - len(data), offset + len(data))
+            if not more:
+                raise SlideError(
+                    f"{self.url} ends at byte {offset + len(data)}, inside a piece of {count} bytes at {offset}: "
+                    "the file is truncated, or it changed while it was read; copy it again."
+                )
+            data += more
+        return data
+
+    def open(self) -> BinaryIO:
+        """Open a handle of its own."""
+        return Path(self.url).open("rb")
+
+
+def open_source(url: str, storage_options: Mapping[str, Any] | None = None) -> ByteSource:
+    """Open the file behind a path or a `file://` URL."""
+    protocol, found, rest = url.partition("://")
+    if found and protocol != "file":
+        raise SlideError(
+            f"{url} is not on a mounted disk: this version of dfx reads local files only; "
+            "copy the slide, or mount the bucket."
+        )
+    path = Path(rest if found else url)
+    if path.is_dir():
+        raise SlideError(f"{path} is a folder, not a slide: give the slide's file.")
+    if not path.exists():
+        raise SlideError(f"{path} does not exist: check the path.")
+    return LocalFile(path.absolute())
+
+
+def identity(source: ByteSource) -> str:
+    """Name a file's content by its size and the SHA-256 of its first and last 64 KiB.
+
+    Independent of path and time stamps, so that a copied slide is the same slide.
+    """
+    ends = [(0, min(PROBE, source.size)), (max(0, source.size - PROBE), min(PROBE, source.size))]
+    digest = hashlib.sha256(b"".join(source.read(ends))).hexdigest()
+    return f"{source.size}-{digest[:32]}"
+
+
+class Opened:
+    """The slides that this process has open: bounded, locked, clearable.
+
+    A task carries a slide's address only, so each process parses a header once for many tasks.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._locks: dict[Any, threading.Lock] = {}
+        self._slides: dict[Any, Any] = {}
+
+    def get(self, key: Any, build: Any) -> Any:
+        """Give the slide under `key`, building it once however many threads ask."""
+        with self._lock:
+            if key in self._slides:
+                return self._slides[key]
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            with self._lock:
+                if key in self._slides:
+                    return self._slides[key]
+            slide = build()
+            with self._lock:
+                self._slides[key] = slide
+                self._locks.pop(key, None)
+                while len(self._slides) > self._most:
+                    self._slides.pop(next(iter(self._slides)))
+            return slide
+
+    def clear(self) -> None:
+        """Forget every slide; their files close when the last user is done."""
+        with self._lock:
+            self._slides.clear()
+            self._locks.clear()
