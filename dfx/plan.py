@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dfx.encoders import EncoderSpec
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import PatchGrid
+from dfx.resolution import View
 from dfx.slides import Slide
 
 FORMAT = 1
@@ -153,6 +154,12 @@ class BlockWork:
         """Top left corners of a block's patches."""
         return self.grid.origins(steps_xy)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Values without field names: every task carries this, and a task is to stay below 4 kB.
+        parts = self.grid.view, self.encoder, self.options
+        values = tuple(part and tuple(getattr(part, f.name) for f in fields(part)) for part in parts)
+        return _restored, (self.slide, self.grid.shape_yx, self.grid.stride_yx, *values)
+
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         grid = self.grid
         return (
@@ -164,3 +171,15 @@ class BlockWork:
             self.encoder,
             self.options,
         )
+
+
+def _restored(
+    slide: Slide,
+    shape_yx: tuple[int, int],
+    stride_yx: tuple[int, int],
+    view: tuple[Any, ...],
+    encoder: tuple[Any, ...] | None,
+    options: tuple[Any, ...],
+) -> BlockWork:
+    grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16))
+    return BlockWork(slide, grid, EncoderSpec(*encoder) if encoder else None, Options(*options))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def timm_spec(name: str, weights: str | Path | None, input_size: tuple[int, int]
     return EncoderSpec(
         name=name,
         kind="timm",
-        key=f"timm-{name}-{digest}-{size[0]}x{size[1]}",
+        key=f"{name}-{digest[:16]}-{size[0]}x{size[1]}",
         weights=source,
         weights_digest=digest,
         mean=tuple(config.mean),
@@ -79,7 +80,7 @@ def timm_spec(name: str, weights: str | Path | None, input_size: tuple[int, int]
 def module_spec(module: nn.Module) -> EncoderSpec:
     """Describe a module and keep a copy of it as it is now; the module itself is left as it is."""
     digest = files.module_digest(module)
-    key = f"module-{digest}-{_tokens.setdefault(module, next(_counter))}"
+    key = f"{type(module).__name__}-{digest[:16]}-{os.getpid()}-{_tokens.setdefault(module, next(_counter))}"
     try:
         own = copy.deepcopy(module).eval()
     except Exception as e:  # whatever a module's attributes raise

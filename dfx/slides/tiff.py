@@ -22,7 +22,7 @@ from dfx.slides import vendors
 from dfx.slides.slide import Colour, Decode, Level, Slide, TileGrid
 from dfx.slides.source import ByteSource, identity, open_source
 
-JPEG, JPEG2000 = (6, 7), (33003, 33004, 33005, 34712)
+JPEG, JPEG2000, JPEGXR = (6, 7), (33003, 33004, 33005, 34712), (22610, 34934)
 CODECS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003: "JPEG 2000 (YCbCr)"}
 CODECS |= {33005: "JPEG 2000", 34712: "JPEG 2000", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 34934: "JPEG XR"}
 MOST_TILE_BYTES = 2**28
@@ -398,17 +398,34 @@ def decoder(page: Any, keyframe: Any, base: int) -> Decode:
         after = inverted
     elif photometric == 3:
         after = Palette(np.asarray(keyframe.colormap))
-    # libjpeg and OpenJPEG fill what is missing of a cut tile without an error; NDPI's pieces have no end mark.
-    ends = compression in (*JPEG, *JPEG2000) and not header
+    # These codecs' libraries fill what is missing of a cut tile without an error; NDPI's pieces have no end mark.
+    complete = None
+    if compression in (*JPEG, *JPEG2000) and not header:
+        complete = has_end_mark
+    elif compression in JPEGXR:
+        complete = has_all_of_jpegxr
 
     def decode_tile(data: bytes, index: int) -> NDArray[Any]:
-        if ends and not data.endswith(b"\xff\xd9") and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
-            raise ValueError("it is cut short: the end-of-image mark is missing")
+        if complete and not complete(data):
+            raise ValueError("it is cut short")
         segment, _, _ = decode(data, base + index, jpegtables=tables, jpegheader=header)
         tile: NDArray[Any] = segment[0]
         return after(tile, data) if after else tile
 
     return decode_tile
+
+
+def has_end_mark(data: bytes) -> bool:
+    """Whether a JPEG or JPEG 2000 codestream ends as it must; scanners pad tiles with zeros."""
+    return data.endswith(b"\xff\xd9") or data.rstrip(b"\0").endswith(b"\xff\xd9")
+
+
+def has_all_of_jpegxr(data: bytes) -> bool:
+    """Whether a JPEG XR container is as long as its ImageOffset and ImageByteCount say (ITU-T T.832, annex A)."""
+    start = int.from_bytes(data[4:8], "little")
+    entries = (data[at : at + 12] for at in range(start + 2, start + 2 + 12 * data[start], 12))
+    tags = {int.from_bytes(e[:2], "little"): int.from_bytes(e[8:12], "little") for e in entries}
+    return 0xBCC0 in tags and 0xBCC1 in tags and tags[0xBCC0] + tags[0xBCC1] <= len(data)
 
 
 def ycc_to_rgb(tile: NDArray[Any], data: bytes) -> NDArray[Any]:

@@ -1,0 +1,168 @@
+"""The pixels of patches, against an oracle that reads the whole level with tifffile."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import dfx
+from conftest import shared
+from dfx import reader
+from dfx.resolution import Units
+from dfx.slides.slide import Slide
+
+SLIDES: dict[Any, tuple[dfx.Slide, list[NDArray[np.uint8]]]] = {}
+
+
+def synthetic(folder: Path, size: tuple[int, int], factors: tuple[int, ...], tile: tuple[int, int]) -> Any:
+    """A lossless pyramid and the pixels of its levels; noise, so that no wrong pixel goes unseen."""
+    key = (size, factors, tile)
+    if key not in SLIDES:
+        path = folder / f"{abs(hash(key))}.tif"
+        base = np.random.default_rng(0).integers(0, 256, (*size, 3)).astype(np.uint8)
+        levels = []
+        with tifffile.TiffWriter(path) as out:
+            for n, factor in enumerate(factors):
+                shape = (max(1, size[1] // factor), max(1, size[0] // factor))
+                level = base if n == 0 else np.asarray(cv2.resize(base, shape, interpolation=cv2.INTER_AREA), np.uint8)
+                levels.append(level)
+                out.write(level, tile=tile, photometric="rgb", compression="zlib", metadata=None, subfiletype=n > 0)
+        SLIDES[key] = dfx.open_slide(path, mpp=0.25, power=40), levels
+    return SLIDES[key]
+
+
+def oracle(levels: list[NDArray[np.uint8]], grid: dfx.PatchGrid) -> NDArray[np.uint8]:
+    """Every patch of a grid, one at a time, out of the whole level padded with white. Plain and slow.
+
+    Positions as NOTES of the reference: up to baseline pixels, then to the nearest of the level.
+    """
+    view, (h, w) = grid.view, grid.shape_yx
+    level = levels[view.level]
+    k = [1 / view.downsample * s for s in view.scale_xy]
+    size = [round(np.ceil(v / f) / view.downsample) for v, f in zip((w, h), k, strict=True)]
+    size = [max(1, int(v)) for v in size]
+    out = []
+    for x, y, _, _ in grid.coordinates.tolist():
+        x0, y0 = (int(round(np.ceil(v / f) / view.downsample)) for v, f in zip((x, y), k, strict=True))
+        padded = np.full((size[1], size[0], 3), 255, np.uint8)
+        piece = level[y0 : y0 + size[1], x0 : x0 + size[0]]
+        padded[: piece.shape[0], : piece.shape[1]] = piece
+        if size != [w, h]:
+            if (size[0] < w) != (size[1] < h) and size[0] != w and size[1] != h:
+                padded = np.asarray(
+                    cv2.resize(padded, (min(size[0], w), min(size[1], h)), interpolation=cv2.INTER_AREA), np.uint8
+                )
+            shrink = size[0] >= w and size[1] >= h
+            how = cv2.INTER_AREA if shrink else cv2.INTER_CUBIC
+            padded = np.asarray(cv2.resize(padded, (w, h), interpolation=how), np.uint8)
+        out.append(padded)
+    return np.stack(out) if out else np.zeros((0, h, w, 3), np.uint8)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_patches_are_those_of_the_whole_level(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    size = data.draw(st.sampled_from([(700, 500), (333, 1021), (64, 64), (513, 257)]), label="rows, columns")
+    factors = data.draw(st.sampled_from([(1,), (1, 2), (1, 4), (1, 2, 4), (1, 3)]), label="factors")
+    tile = data.draw(st.sampled_from([(64, 64), (128, 16), (256, 256)]), label="tile")
+    units: Units = data.draw(st.sampled_from(["mpp", "power", "baseline", "level"]), label="units")
+    factor = data.draw(st.sampled_from([0.5, 0.8, 1.0, 1.5, 2.0, 2.7, 4.0, 7.3]), label="factor")
+    value = {"mpp": 0.25 * factor, "power": 40 / factor, "baseline": 1 / factor, "level": len(factors) - 1}[units]
+    shape = data.draw(st.tuples(st.integers(5, 300), st.integers(5, 300)), label="shape")
+    stride = data.draw(st.tuples(st.integers(20, 300), st.integers(20, 300)), label="stride")
+    mask = None
+    if data.draw(st.booleans(), label="masked"):
+        mask = np.random.default_rng(data.draw(st.integers(0, 99))).random((9, 7)) < 0.4
+    slide, levels = synthetic(tmp_path_factory.getbasetemp(), size, factors, tile)
+    grid = dfx.PatchGrid.over(slide, shape=shape, stride=stride, resolution=value, units=units, mask=mask)
+    got = dfx.patches(slide, grid, block_size=37).compute(scheduler="sync")
+    want = oracle(levels, grid)
+    assert got.dtype == np.uint8
+    assert np.array_equal(got, want)
+
+
+def test_native_patches_are_the_files_own_pixels(made_slide: Path, made_pixels: NDArray[np.uint8]) -> None:
+    slide = dfx.open_slide(made_slide)
+    grid = dfx.PatchGrid.over(slide, shape=(100, 150), resolution=0.5, units="mpp", mask=None)
+    patches = dfx.patches(slide, grid).compute(scheduler="sync")
+    assert len(patches) == 13 * 11
+    for (x0, y0, x1, y1), patch in zip(grid.coordinates.tolist(), patches, strict=True):
+        own = made_pixels[y0:y1, x0:x1]
+        assert np.array_equal(patch[: own.shape[0], : own.shape[1]], own)
+        assert (patch[own.shape[0] :] == 255).all()
+        assert (patch[:, own.shape[1] :] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "TCGA-CR-7395-01A-01-TS1.svs"])
+def test_native_patches_of_real_slides_are_openslides(name: str) -> None:
+    import openslide
+
+    path = shared(f"slides/{name}")
+    slide, other = dfx.open_slide(path), openslide.OpenSlide(path)
+    grid = dfx.PatchGrid.over(slide, shape=300, resolution=0, units="level", mask="tissue")
+    patches = dfx.patches(slide, grid).compute(scheduler="sync")
+    for i in range(0, len(grid), 7):
+        x, y = grid.coordinates[i, :2].tolist()
+        inside = slide.dimensions[1] - y, slide.dimensions[0] - x
+        want = np.asarray(other.read_region((x, y), 0, (300, 300)))[..., :3]
+        assert np.array_equal(patches[i, : inside[0], : inside[1]], want[: inside[0], : inside[1]])
+
+
+def counted(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every call of the tile decoder from now on."""
+    calls: list[int] = []
+    original = Slide._decode
+
+    def decode(self: Slide, n: int, part: Any, row: int, column: int) -> Any:
+        calls.append(row * 1000 + column)
+        return original(self, n, part, row, column)
+
+    monkeypatch.setattr(Slide, "_decode", decode)
+    return calls
+
+
+def test_each_tile_is_decoded_once_in_a_sub_block(slide: dfx.Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(slide, monkeypatch)
+    grid = dfx.PatchGrid.over(slide, shape=64, stride=32, resolution=0, units="level", mask=None)
+    origins = grid.coordinates[: reader.MOST_PATCHES, :2]
+    reader.read_patches(slide, grid.view, origins, (64, 64))
+    assert len(calls) == len(set(calls)) > 0
+
+
+def test_only_the_tiles_under_patches_are_decoded(slide: dfx.Slide, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(slide, monkeypatch)
+    grid = dfx.PatchGrid.over(slide, shape=16, resolution=0, units="level", mask=None)
+    reader.read_patches(slide, grid.view, np.array([[0, 0], [700, 0], [0, 600]]), (16, 16))
+    assert sorted(calls) == [0, 2, 2000]
+
+
+def test_sub_blocks_cover_every_patch_once_and_stay_small() -> None:
+    rng = np.random.default_rng(0)
+    corners = np.cumsum(rng.integers(0, 900, (500, 2)), axis=0)
+    boxes = np.concatenate([corners, corners + 448], axis=1)
+    runs = list(reader.sub_blocks(boxes))
+    assert [i for start, stop in runs for i in range(start, stop)] == list(range(500))
+    for start, stop in runs:
+        extent = boxes[start:stop, 2:].max(0) - boxes[start:stop, :2].min(0)
+        assert stop - start <= reader.MOST_PATCHES
+        assert extent.prod() * 3 <= reader.MOST_CANVAS_BYTES or stop - start == 1
+    assert list(reader.sub_blocks(np.empty((0, 4), np.int64))) == []
+
+
+def test_a_thread_reuses_its_canvas_and_no_other_threads() -> None:
+    first = reader.canvas(500, 500)
+    assert np.shares_memory(first, reader.canvas(400, 300))
+    others: list[bool] = []
+    thread = threading.Thread(target=lambda: others.append(np.shares_memory(first, reader.canvas(400, 300))))
+    thread.start()
+    thread.join()
+    assert others == [False]
