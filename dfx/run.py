@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,8 +83,15 @@ class RunResult(dict[Any, Any]):
         super().__init__()
         self.failures: dict[Any, DfxError] = {}
         """Input -> what went wrong with it."""
-        self.cache: tempfile.TemporaryDirectory[str] | None = None
-        """Holds what lazy results read from; goes with the result."""
+        self.cache: Path | None = None
+        """Temporary folder that lazy arrays read from; it goes with this result."""
+
+    def make_cache(self) -> Path:
+        """Give the temporary folder, made when first needed."""
+        if self.cache is None:
+            self.cache = Path(tempfile.mkdtemp(prefix="dfx-"))
+            weakref.finalize(self, shutil.rmtree, self.cache, ignore_errors=True)
+        return self.cache
 
 
 # What the driver tells of
@@ -144,22 +153,20 @@ def run_slides(
     Slides that fail are in `failures` of the result; nothing is raised for them.
     """
     result = RunResult()
-    if save_dir is None:
-        result.cache = tempfile.TemporaryDirectory(prefix="dfx-", ignore_cleanup_errors=True)
-    outputs = output_paths(items, Path(result.cache.name) if result.cache else save_dir or Path())
-    for path in outputs.values():
-        check_ours(path)
+    names = output_names(items)
+    if save_dir is not None:
+        for name in names.values():
+            check_ours(save_dir / name)
 
     def jobs() -> Iterator[Job | SlideFailed]:
         for item in items:
             try:
                 plan = make_plan(item, encoder, where, options)
-                keep = in_memory and memory.fits(plan.nbytes, memory_threshold)
-                yield (
-                    Job.in_memory(item, plan)
-                    if keep
-                    else Job.on_disk(item, plan, outputs[item.given], overwrite=overwrite)
-                )
+                if in_memory and memory.fits(plan.nbytes, memory_threshold):
+                    yield Job.in_memory(item, plan)
+                else:
+                    path = (save_dir or result.make_cache()) / names[item.given]
+                    yield Job.on_disk(item, plan, path, overwrite=overwrite)
             except DfxError as e:
                 yield SlideFailed(item, e)
             except Exception as e:  # one bad slide, whatever it raises, never ends a run
@@ -206,7 +213,7 @@ def labelled(item: Item) -> dict[str, Any]:
     return {} if item.label is None else {"labels": item.label}
 
 
-def output_paths(items: Sequence[Item], folder: Path) -> dict[Any, Path]:
+def output_names(items: Sequence[Item]) -> dict[Any, str]:
     """Name each slide's store: its stem, with as much more as makes it unique in the run.
 
     A name depends on the inputs alone, never on their order, so that a second run finds the first's.
@@ -233,7 +240,7 @@ def output_paths(items: Sequence[Item], folder: Path) -> dict[Any, Path]:
             break
         for given in movable:
             chosen[given] += 1
-    return {given: folder / f"{candidates[given][n]}.zarr" for given, n in chosen.items()}
+    return {given: f"{candidates[given][n]}.zarr" for given, n in chosen.items()}
 
 
 # The driver
@@ -395,6 +402,6 @@ def raise_failures(result: RunResult, on_error: Literal["raise", "skip"]) -> Run
     """Give the result, or raise one `RunError` that lists what failed."""
     if not result.failures or on_error == "skip":
         return result
-    lines = [f"  {given}: {error}" for given, error in result.failures.items()]
+    lines = [f"  {error}" for error in result.failures.values()]  # each names its slide or store
     count = f"{len(lines)} of {len(lines) + len(result)} slides failed, the others are done"
     raise RunError("\n".join([f"{count}:", *lines]), result)

@@ -50,9 +50,7 @@ def test_patches_and_features_belong_to_the_rows_of_the_grid(slide: dfx.Slide, g
     assert np.array_equal(patches[60].compute(scheduler="sync"), pixels[60])
 
 
-def test_nothing_is_read_before_compute(
-    slide: dfx.Slide, grid: dfx.PatchGrid, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_read_before_compute(slide: dfx.Slide, grid: dfx.PatchGrid, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a tile was decoded")
 

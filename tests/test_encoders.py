@@ -68,7 +68,9 @@ def test_a_timm_name_gives_pooled_features_of_the_right_width(name: str, dim: in
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_weights_of_a_file_are_used_whole(suffix: str, wrapped: bool, tmp_path: Path, patches: NDArray[np.uint8]) -> None:
+def test_weights_of_a_file_are_used_whole(
+    suffix: str, wrapped: bool, tmp_path: Path, patches: NDArray[np.uint8]
+) -> None:
     torch.manual_seed(3)
     full = timm.create_model("resnet18", pretrained=False)  # with its classifier, as published files have it
     state = {f"module.{k}" if wrapped else k: v for k, v in full.state_dict().items()}
@@ -104,7 +106,9 @@ def test_random_weights_are_asked_for_and_the_same_everywhere(patches: NDArray[n
     torch.set_rng_state(before)
 
 
-def test_without_network_the_missing_file_and_the_way_out_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_network_the_missing_file_and_the_way_out_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(EncoderError) as caught:
@@ -163,7 +167,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         archive.writestr("a", "b")
     torch.save([1, 2], tmp_path / "list.pt")
     names = ["resnet34", "vit", "hole", "text"]
-    for path in [*(tmp_path / f"{n}.safetensors" for n in names), *tmp_path.glob("*.pt*"), tmp_path / "none.pt", tmp_path]:
+    for path in [
+        *(tmp_path / f"{n}.safetensors" for n in names),
+        *tmp_path.glob("*.pt*"),
+        tmp_path / "none.pt",
+        tmp_path,
+    ]:
         with pytest.raises(EncoderError) as caught:
             dfx.load_encoder("resnet18", weights=path)
         assert str(path) in str(caught.value)

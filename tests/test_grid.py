@@ -141,9 +141,7 @@ def test_a_mask_may_be_an_array_or_a_file(kind: str, tmp_path: Path) -> None:
     elif kind == "3-D":
         given = np.stack([mask * 0, mask, mask * 0], axis=2)
     grid = PatchGrid.over(Bare((1000, 1000)), shape=100, resolution=1.0, units="baseline", mask=given)
-    assert sorted(map(tuple, grid.coordinates[:, :2].tolist())) == [
-        (x, y) for x in (300, 400, 500) for y in (200, 300)
-    ]
+    assert sorted(map(tuple, grid.coordinates[:, :2].tolist())) == [(x, y) for x in (300, 400, 500) for y in (200, 300)]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +177,9 @@ def test_a_bad_grid_is_refused(change: dict[str, Any], error: type[Exception]) -
 
 
 @pytest.mark.parametrize(("units", "value", "lack"), [("mpp", 0.5, "mpp"), ("power", 10, "power")])
-def test_units_that_the_slide_can_not_place_are_an_error_with_the_remedy(units: res.Units, value: float, lack: str) -> None:
+def test_units_that_the_slide_can_not_place_are_an_error_with_the_remedy(
+    units: res.Units, value: float, lack: str
+) -> None:
     bare = Bare((1000, 1000), mpp=None, power=None)
     with pytest.raises(ResolutionError, match=rf"bare has no .*{lack}="):
         PatchGrid.over(bare, resolution=value, units=units, mask=None)

@@ -31,6 +31,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
     ["extractor"],
     ["demo"],
     ["cli"],
+    ["__main__"],
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 ALLOWED = {
@@ -84,4 +85,6 @@ def test_the_kernel_runs_without_dask() -> None:
 
 
 def test_importing_dfx_does_not_import_torch() -> None:
-    subprocess.run([sys.executable, "-W", "error", "-c", "import sys, dfx; assert 'torch' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import sys, dfx; assert 'torch' not in sys.modules"], check=True
+    )

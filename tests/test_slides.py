@@ -364,7 +364,9 @@ def test_threads_share_a_slide_and_read_the_right_bytes(slide: dfx.Slide, made_p
         if i < 8:
             barrier.wait()
         y, x = corners[i]
-        return np.array_equal(slide.region(0, (y, x, y + 100, x + 100), rgb=True), made_pixels[y : y + 100, x : x + 100])
+        return np.array_equal(
+            slide.region(0, (y, x, y + 100, x + 100), rgb=True), made_pixels[y : y + 100, x : x + 100]
+        )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(look, range(len(corners))))
