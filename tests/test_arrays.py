@@ -13,6 +13,7 @@ import distributed
 import numpy as np
 import pytest
 import zarr
+from nets import Means, means
 from numpy.typing import NDArray
 
 import dfx
@@ -21,7 +22,6 @@ from dfx.errors import CallError, CallTypeError, SlideError, StoreError
 from dfx.plan import Options
 from dfx.slides.slide import OPENED, Slide
 from dfx.store import Store
-from nets import Means, means
 
 
 @pytest.fixture
@@ -120,8 +120,9 @@ def test_other_processes_open_the_slide_and_give_the_same(
 def test_a_module_of_main_reaches_workers_in_other_processes(
     processes: distributed.Client, slide: dfx.Slide, grid: dfx.PatchGrid
 ) -> None:
-    import __main__
     import torch
+
+    import __main__
 
     class OfTheNotebook(Means):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

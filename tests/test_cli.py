@@ -9,9 +9,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import DATA, shared
 
 import dfx
-from conftest import DATA, shared
 from dfx import cli
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from nets import Means, means
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import nn
@@ -23,7 +24,6 @@ import dfx
 from dfx.encoders import encode, output
 from dfx.encoders import network as net
 from dfx.errors import CallError, CallTypeError, EncoderError
-from nets import Means, means
 
 
 @pytest.fixture

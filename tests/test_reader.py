@@ -10,12 +10,12 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
+from conftest import shared
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import dfx
-from conftest import shared
 from dfx import reader
 from dfx.resolution import Units
 from dfx.slides.slide import Slide
@@ -52,7 +52,7 @@ def oracle(levels: list[NDArray[np.uint8]], grid: dfx.PatchGrid) -> NDArray[np.u
     size = [max(1, int(v)) for v in size]
     out = []
     for x, y, _, _ in grid.coordinates.tolist():
-        x0, y0 = (int(round(np.ceil(v / f) / view.downsample)) for v, f in zip((x, y), k, strict=True))
+        x0, y0 = (round(np.ceil(v / f) / view.downsample) for v, f in zip((x, y), k, strict=True))
         padded = np.full((size[1], size[0], 3), 255, np.uint8)
         piece = level[y0 : y0 + size[1], x0 : x0 + size[0]]
         padded[: piece.shape[0], : piece.shape[1]] = piece

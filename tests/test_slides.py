@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 import struct
@@ -16,10 +15,10 @@ import dask
 import numpy as np
 import pytest
 import tifffile
+from conftest import DATA, shared
 from numpy.typing import NDArray
 
 import dfx
-from conftest import DATA, shared
 from dfx.errors import SlideError
 from dfx.slides.slide import OPENED, Slide, as_rgb
 
@@ -373,10 +372,10 @@ def test_threads_share_a_slide_and_read_the_right_bytes(slide: dfx.Slide, made_p
 
 
 def test_files_are_closed_when_the_slide_is_gone(made_slide: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(50):
         dfx.open_slide(made_slide).thumbnail(32)
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
 
 
 # The lazy level
