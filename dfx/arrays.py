@@ -111,7 +111,7 @@ def map_steps(
     task = Task(function, work)
     token = tokenize(task, grid.steps_xy)
     if len(grid) == 0:
-        return da.empty((0, *row_shape), dtype=dtype, name=f"{name}-{token}")
+        return da.empty((0, *row_shape), dtype=dtype, chunks=(1, *row_shape), name=f"{name}-{token}")
     steps = da.from_array(grid.steps_xy, chunks=(work.options.block_size, 2), name=f"steps-{token}")
     return da.map_blocks(
         task,

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from dfx import cluster, loose
+from dfx.call import check_count, check_workers, configuration, resolution_of, slide_items
 from dfx.encoders import EncoderLike, EncoderSpec, check_device, load_encoder
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import check_ratio, whole_pair
 from dfx.plan import Options
 from dfx.progress import ProgressBar
-from dfx.resolution import check_resolution, pair
-from dfx.run import GridOptions, Item, RunResult, raise_failures, run_slides
-from dfx.slides import Slide
+from dfx.run import GridOptions, RunResult, raise_failures, run_slides
 from dfx.store import check_folder, check_ours, write_patch_mode
 
 
@@ -79,7 +77,7 @@ class DeepFeatureExtractor:
     ) -> RunResult | dict[str, Any] | Path:
         """Extract features; nothing given here outlasts the call.
 
-        Slides (`patch_mode=False`): `images` are paths or `Slide`s; gives input -> store (zarr), or
+        Slides (`patch_mode=False`): `images` are paths, `Slide`s or `WSIReader`s; gives input -> store (zarr), or
         input -> {"features", "coordinates", "labels"} (dict). Loose patches: `images` are a uint8
         (N, rows, columns, 3) array, a list of arrays or of image files; gives {"features", "labels"}
         or the store's path.
@@ -87,7 +85,7 @@ class DeepFeatureExtractor:
         - `input_resolutions`: `[{"resolution": 0.5, "units": "mpp"}]`, units mpp, power, level or
           baseline; `patch_input_shape`, `stride_shape` (default: the patch): (rows, columns) there.
           `ioconfig`, an object or mapping with these three, goes before them.
-        - `masks`: one a slide, None, an array or an image path; without one, `auto_get_mask` finds
+        - `masks`: one a slide, None, an array, an image path or a `Slide`; without one, `auto_get_mask` finds
           tissue. `min_mask_ratio`: share of a patch that must be above this.
         - `save_dir`: where stores go. One of the same plan is kept or resumed; one of another is an
           error, unless `overwrite`, which replaces stores that dfx made and nothing else.
@@ -168,7 +166,8 @@ class DeepFeatureExtractor:
         store: Path | None,
         overwrite: bool,
     ) -> dict[str, Any] | Path:
-        patches = loose.gather(images, None if shape is None else whole_pair(shape, "patch_input_shape"))
+        wanted = None if shape is None else whole_pair(shape, "patch_input_shape")
+        patches = loose.gather(images, wanted, any_kind=self.encoder.kind == "tiatoolbox")
         check_count("labels", labels, len(patches.source))
         if store is not None:
             check_ours(store)
@@ -178,118 +177,3 @@ class DeepFeatureExtractor:
         if store is not None:
             return write_patch_mode(store, features, labels, self.encoder.describe(), options.block_size)
         return {"features": features} | ({} if labels is None else {"labels": labels})
-
-
-def check_workers(num_workers: object) -> int:
-    """Refuse what is no number of threads."""
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-        raise CallError(f"num_workers must be a whole number of decoding threads (0: one a core), not {num_workers!r}.")
-    return num_workers
-
-
-def check_count(name: str, values: ArrayLike | Sequence[Any] | None, n: int) -> None:
-    """Refuse masks or labels that are not one an image."""
-    if values is None:
-        return
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
-        raise CallTypeError(f"{name} must be a list with one for each image, not {type(values).__name__}.")
-    if len(values) != n:
-        raise CallError(f"there are {len(values)} {name} for {n} images: give one for each (None where there is none).")
-
-
-def configuration(
-    ioconfig: Any, shape: Any, resolutions: Any, stride: Any
-) -> tuple[int | tuple[int, int] | None, Any, int | tuple[int, int] | None]:
-    """Give patch shape, resolutions and stride; a TIAToolbox `ioconfig` or a mapping goes before the rest."""
-    if ioconfig is not None:
-        names = ("patch_input_shape", "input_resolutions", "stride_shape")
-        if isinstance(ioconfig, Mapping):
-            found = [ioconfig.get(name) for name in names]
-        else:
-            found = [getattr(ioconfig, name, None) for name in names]
-        if found[0] is None or found[1] is None:
-            raise CallTypeError(
-                f"ioconfig must have patch_input_shape and input_resolutions, as attributes or keys; "
-                f"{type(ioconfig).__name__} has not."
-            )
-        shape, resolutions, stride = found
-    if shape is not None:
-        shape = whole_pair(shape, "patch_input_shape")
-    if stride is not None:
-        stride = whole_pair(stride, "stride_shape")
-    return shape, resolutions, stride
-
-
-def resolution_of(resolutions: Any) -> tuple[Any, Any]:
-    """Give the first of `input_resolutions` as (value, units)."""
-    items = [resolutions] if isinstance(resolutions, Mapping) else resolutions
-    if isinstance(items, str) or not isinstance(items, Sequence) or not items:
-        raise CallTypeError("input_resolutions must be a list such as [{'resolution': 0.5, 'units': 'mpp'}].")
-    for item in items:
-        if not isinstance(item, Mapping) or set(item) != {"resolution", "units"}:
-            raise CallTypeError(f"input_resolutions must hold mappings of 'resolution' and 'units', not {item!r}.")
-    if len({item["units"] for item in items}) > 1:
-        raise CallError("input_resolutions must have one kind of units; only the first is read.")
-    value, units = items[0]["resolution"], items[0]["units"]
-    value = value.tolist() if isinstance(value, np.ndarray) else value
-    check_resolution(value, units)
-    return (tuple(value) if isinstance(value, list) else value), units
-
-
-def slide_items(
-    images: Any, masks: Any, labels: Any, wsireader_kwargs: Mapping[str, Any] | None, *, auto_get_mask: bool
-) -> list[Item]:
-    """Check slides, masks and labels of a call and bring them together; a slide given twice is one."""
-    if isinstance(images, str | Path) or not isinstance(images, Sequence):
-        raise CallTypeError(f"images must be a list of slides (paths or Slides), not {type(images).__name__}.")
-    check_count("masks", masks, len(images))
-    check_count("labels", labels, len(images))
-    mpp, power = metadata_of(wsireader_kwargs)
-    items: dict[Any, Item] = {}
-    for n, image in enumerate(images):
-        slide, own_mpp, own_power = address_of(image)
-        mask = None if masks is None else masks[n]
-        if mask is None:
-            mask = "tissue" if auto_get_mask else None
-        else:
-            check_mask(mask)
-        items.setdefault(
-            image, Item(image, slide, mask, None if labels is None else labels[n], own_mpp or mpp, own_power or power)
-        )
-    return list(items.values())
-
-
-def address_of(image: Any) -> tuple[str | Path | Slide, Any, Any]:
-    """Give what is to be opened, and the mpp and power that came with it."""
-    if isinstance(image, str | Path | Slide):
-        return image, None, None
-    wrong_slide(image)
-
-
-def wrong_slide(image: Any) -> NoReturn:
-    """Refuse what is no slide."""
-    hint = "; for arrays of patches pass patch_mode=True" if isinstance(image, np.ndarray) else ""
-    raise CallTypeError(f"a slide is a path (str, Path) or a Slide, not {type(image).__name__}{hint}.")
-
-
-def check_mask(mask: Any) -> None:
-    """Refuse a mask of a kind that can't be used, or whose file is not there."""
-    if isinstance(mask, np.ndarray):
-        return
-    if not isinstance(mask, str | Path):
-        raise CallTypeError(f"a mask is None, an array (H, W) or an image path, not {type(mask).__name__}.")
-    if str(mask) != "tissue" and not Path(mask).is_file():
-        raise CallError(f"mask {mask} is not a file: give an image file, an array, or None.")
-
-
-def metadata_of(wsireader_kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
-    """Give the mpp and power of `wsireader_kwargs`; any other key is refused."""
-    if wsireader_kwargs is None:
-        return None, None
-    if not isinstance(wsireader_kwargs, Mapping):
-        raise CallTypeError(f"wsireader_kwargs must be a mapping, not {type(wsireader_kwargs).__name__}.")
-    unknown = sorted(set(wsireader_kwargs) - {"mpp", "power"})
-    if unknown:
-        raise CallTypeError(f"wsireader_kwargs takes mpp and power, not {', '.join(map(str, unknown))}.")
-    mpp, power = wsireader_kwargs.get("mpp"), wsireader_kwargs.get("power")
-    return (None if mpp is None else pair(mpp, "mpp")), (None if power is None else pair(power, "power")[0])

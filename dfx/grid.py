@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,19 @@ STRIP = 16
 
 MOST = 2**26
 """Positions that a grid may have before its mask: more is a mistake, and would not fit in memory."""
+
+
+MASK_SIZE = 4096
+"""Longer side, in pixels, at which a slide that serves as a mask is read."""
+
+
+@runtime_checkable
+class HasThumbnail(Protocol):
+    """What a grid asks of a slide that serves as a mask."""
+
+    def thumbnail(self, max_size: int) -> NDArray[np.uint8]:
+        """Give the whole slide as RGB."""
+        ...
 
 
 class HasViews(Protocol):
@@ -108,14 +121,15 @@ class PatchGrid:
         resolution: float | tuple[float, float] = 0.5,
         units: Units = "mpp",
         stride: int | tuple[int, int] | None = None,
-        mask: str | Path | NDArray[Any] | None = "tissue",
+        mask: str | Path | NDArray[Any] | HasThumbnail | None = "tissue",
         min_mask_ratio: float = 0.0,
     ) -> PatchGrid:
         """Lay a grid over a slide and keep the patches under the mask.
 
         `shape` and `stride` (default: the shape) are (rows, columns) at the requested resolution;
         the grid starts at the slide's top left corner and its last patches may overhang. `mask`:
-        "tissue" (Otsu), None (every patch), an array over the whole slide, or an image path.
+        "tissue" (Otsu), None (every patch), or what is stretched over the whole slide: an array, an
+        image path, or a `Slide` that is black outside.
         `min_mask_ratio`: share of a patch that must be above this. Raises `ResolutionError` when
         the slide lacks the metadata that the units need, `CallError` for a bad value.
 
@@ -135,7 +149,8 @@ class PatchGrid:
         iy, ix = np.indices((rows, columns)).reshape(2, -1)
         steps = np.stack([ix, iy], axis=1)
         if mask is not None:
-            cells = slide.tissue_mask() if isinstance(mask, str) and mask == "tissue" else mask
+            cells: Any = slide.tissue_mask() if isinstance(mask, str) and mask == "tissue" else mask
+            cells = cells.thumbnail(MASK_SIZE) if isinstance(cells, HasThumbnail) else cells
             cells = read_mask(cells) if isinstance(cells, str | Path) else as_mask(cells)
             origins = steps * np.array(stride_yx[::-1])
             steps = steps[covered(origins, shape_yx, view.size_xy, cells, min_mask_ratio)]

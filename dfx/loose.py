@@ -32,11 +32,12 @@ class Patches:
     """Rows and columns of each."""
 
 
-def gather(images: object, shape_yx: tuple[int, int] | None) -> Patches:
+def gather(images: object, shape_yx: tuple[int, int] | None, *, any_kind: bool = False) -> Patches:
     """Check loose patches: an NHWC array, a list of HWC arrays, or a list of image files.
 
     Raises `CallTypeError` or `CallError` for what can't be patches, `SlideError` for a file that
-    can't be read. `shape_yx`, where given, is the shape that they must have.
+    can't be read. `shape_yx`, where given, is the shape that they must have. `any_kind` takes arrays of
+    any number of channels and dtype, for a model that prepares patches by itself.
     """
     if isinstance(images, np.ndarray):
         source = images
@@ -60,7 +61,8 @@ def gather(images: object, shape_yx: tuple[int, int] | None) -> Patches:
     if source.ndim == 1:
         first = read_image(str(source[0]))
         return Patches(source, check_shape(first.shape[:2], shape_yx))
-    if source.ndim != 4 or source.dtype != np.uint8 or source.shape[3] != 3 or not source.size:
+    picture = source.ndim == 4 and source.dtype == np.uint8 and source.shape[3] == 3
+    if source.ndim != 4 or not source.size or source.dtype.kind not in "uif" or not (picture or any_kind):
         raise CallError(
             f"patches must be uint8 RGB of shape (N, rows, columns, 3), not {source.dtype} of shape {source.shape}."
         )
@@ -121,7 +123,8 @@ def encode_all(
     patches: Patches, encoder: EncoderSpec, options: Options, client: Any = None
 ) -> NDArray[np.floating[Any]]:
     """Encode loose patches, (N, D), on a client's workers (None: on threads of this process)."""
-    dim, dtype = output(encoder, patches.shape_yx)
+    channels = patches.source.shape[3] if patches.source.ndim == 4 else 3
+    dim, dtype = output(encoder, patches.shape_yx, channels)
     cluster.share(encoder, client)
     source = patches.source if patches.source.ndim == 4 else patches.source[:, None]
     blocks = da.from_array(source, chunks=(options.block_size, *source.shape[1:]))

@@ -484,7 +484,7 @@ def test_a_bad_call_is_refused_before_anything_is_read_or_removed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dfx.run.open_slide", lambda *a, **k: pytest.fail("a slide was opened"))
+    monkeypatch.setattr("dfx.run.job.open_slide", lambda *a, **k: pytest.fail("a slide was opened"))
     out = tmp_path / "out"
     out.mkdir()
     (out / "slide.zarr").mkdir()

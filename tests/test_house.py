@@ -28,6 +28,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
     ["arrays", "loose"],
     ["run"],
     ["progress", "pictures"],
+    ["call"],
     ["extractor"],
     ["demo"],
     ["cli"],

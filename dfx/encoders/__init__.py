@@ -95,11 +95,11 @@ def check_device(device: object) -> str:
     return device
 
 
-def output(spec: EncoderSpec, shape_yx: tuple[int, int]) -> tuple[int, np.dtype[Any]]:
+def output(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> tuple[int, np.dtype[Any]]:
     """Width and dtype of an encoder's features for patches of a shape."""
     from dfx.encoders import network
 
-    dim, dtype = network.probe(spec, shape_yx)
+    dim, dtype = network.probe(spec, shape_yx, channels)
     return dim, np.dtype(dtype)
 
 

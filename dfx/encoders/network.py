@@ -186,7 +186,7 @@ def parse_device(device: str) -> None:
             raise EncoderError(f"'{device}' is no device: use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from e
 
 
-def probe(spec: EncoderSpec, shape_yx: tuple[int, int]) -> tuple[int, str]:
+def probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> tuple[int, str]:
     """Width and dtype of the features of patches of a shape, from two black patches.
 
     A named network is probed without memory or weights (torch's meta device).
@@ -198,7 +198,7 @@ def probe(spec: EncoderSpec, shape_yx: tuple[int, int]) -> tuple[int, str]:
                 size = spec.input_size or shape_yx
                 out = module(torch.empty(2, 3, *size))
         return int(pool(out, spec, 2).shape[1]), "float32"
-    rows = network(spec, "cpu")(np.zeros((2, *shape_yx, 3), np.uint8), batch_size=2)
+    rows = network(spec, "cpu")(np.zeros((2, *shape_yx, channels), np.uint8), batch_size=2)
     return rows.shape[1], str(rows.dtype)
 
 

@@ -1,0 +1,145 @@
+"""What a call of the extractor says, checked before anything is read or removed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dfx.errors import CallError, CallTypeError
+from dfx.grid import whole_pair
+from dfx.resolution import check_resolution, pair
+from dfx.run import Item
+from dfx.slides import Slide
+from dfx.tissue import as_mask
+
+
+def check_workers(num_workers: object) -> int:
+    """Refuse what is no number of threads."""
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        raise CallError(f"num_workers must be a whole number of decoding threads (0: one a core), not {num_workers!r}.")
+    return num_workers
+
+
+def check_count(name: str, values: ArrayLike | Sequence[Any] | None, n: int) -> None:
+    """Refuse masks or labels that are not one an image."""
+    if values is None:
+        return
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence | np.ndarray):
+        raise CallTypeError(f"{name} must be a list with one for each image, not {type(values).__name__}.")
+    if len(values) != n:
+        raise CallError(f"there are {len(values)} {name} for {n} images: give one for each (None where there is none).")
+
+
+def configuration(
+    ioconfig: Any, shape: Any, resolutions: Any, stride: Any
+) -> tuple[int | tuple[int, int] | None, Any, int | tuple[int, int] | None]:
+    """Give patch shape, resolutions and stride; a TIAToolbox `ioconfig` or a mapping goes before the rest."""
+    if ioconfig is not None:
+        names = ("patch_input_shape", "input_resolutions", "stride_shape")
+        if isinstance(ioconfig, Mapping):
+            found = [ioconfig.get(name) for name in names]
+        else:
+            found = [getattr(ioconfig, name, None) for name in names]
+        if found[0] is None or found[1] is None:
+            raise CallTypeError(
+                f"ioconfig must have patch_input_shape and input_resolutions, as attributes or keys; "
+                f"{type(ioconfig).__name__} has not."
+            )
+        shape, resolutions, stride = found
+    if shape is not None:
+        shape = whole_pair(shape, "patch_input_shape")
+    if stride is not None:
+        stride = whole_pair(stride, "stride_shape")
+    return shape, resolutions, stride
+
+
+def resolution_of(resolutions: Any) -> tuple[Any, Any]:
+    """Give the first of `input_resolutions` as (value, units)."""
+    items = [resolutions] if isinstance(resolutions, Mapping) else resolutions
+    if isinstance(items, str) or not isinstance(items, Sequence) or not items:
+        raise CallTypeError("input_resolutions must be a list such as [{'resolution': 0.5, 'units': 'mpp'}].")
+    for item in items:
+        if not isinstance(item, Mapping) or set(item) != {"resolution", "units"}:
+            raise CallTypeError(f"input_resolutions must hold mappings of 'resolution' and 'units', not {item!r}.")
+    if len({item["units"] for item in items}) > 1:
+        raise CallError("input_resolutions must have one kind of units; only the first is read.")
+    value, units = items[0]["resolution"], items[0]["units"]
+    value = value.tolist() if isinstance(value, np.ndarray) else value
+    check_resolution(value, units)
+    return (tuple(value) if isinstance(value, list) else value), units
+
+
+def slide_items(
+    images: Any, masks: Any, labels: Any, wsireader_kwargs: Mapping[str, Any] | None, *, auto_get_mask: bool
+) -> list[Item]:
+    """Check slides, masks and labels of a call and bring them together; a slide given twice is one."""
+    if isinstance(images, str | Path) or not isinstance(images, Sequence):
+        hint = "; for arrays of patches pass patch_mode=True" if isinstance(images, np.ndarray) else ""
+        raise CallTypeError(f"images must be a list of slides (paths or Slides), not {type(images).__name__}{hint}.")
+    check_count("masks", masks, len(images))
+    check_count("labels", labels, len(images))
+    mpp, power = metadata_of(wsireader_kwargs)
+    items: dict[Any, Item] = {}
+    for n, image in enumerate(images):
+        slide, own_mpp, own_power = address_of(image)
+        mask = None if masks is None else masks[n]
+        if mask is None:
+            mask = "tissue" if auto_get_mask else None
+        else:
+            mask = usable_mask(mask)
+        items.setdefault(
+            image, Item(image, slide, mask, None if labels is None else labels[n], own_mpp or mpp, own_power or power)
+        )
+    return list(items.values())
+
+
+def address_of(image: Any) -> tuple[str | Path | Slide, Any, Any]:
+    """Give what is to be opened, and the mpp and power that came with it.
+
+    TIAToolbox's `WSIReader` is known by its `input_path` and `info`; the file is read anew.
+    """
+    if isinstance(image, str | Path | Slide):
+        return image, None, None
+    if hasattr(image, "input_path") and hasattr(image, "info"):
+        if image.input_path is None:
+            raise CallTypeError(f"a {type(image).__name__} without a file can't be read by workers: give a path.")
+        return Path(image.input_path), *metadata_of({"meta": image.info})
+    hint = "; for arrays of patches pass patch_mode=True" if isinstance(image, np.ndarray) else ""
+    raise CallTypeError(f"a slide is a path (str, Path), a Slide or a WSIReader, not {type(image).__name__}{hint}.")
+
+
+def usable_mask(mask: Any) -> Any:
+    """Give a mask as `PatchGrid.over` takes it; refuse a kind that can't be used, or a file that is not there.
+
+    TIAToolbox's `VirtualWSIReader` is taken by its image.
+    """
+    if isinstance(mask, Slide):
+        return mask
+    if isinstance(getattr(mask, "img", None), np.ndarray):
+        mask = mask.img
+    if isinstance(mask, np.ndarray):
+        return as_mask(mask)
+    if not isinstance(mask, str | Path):
+        raise CallTypeError(f"a mask is None, an array (H, W), an image path or a Slide, not {type(mask).__name__}.")
+    if str(mask) != "tissue" and not Path(mask).is_file():
+        raise CallError(f"mask {mask} is not a file: give an image file, an array, or None.")
+    return mask
+
+
+def metadata_of(wsireader_kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    """Give the mpp and power of `wsireader_kwargs`, or of the WSIMeta in it; any other key is refused."""
+    if wsireader_kwargs is None:
+        return None, None
+    if not isinstance(wsireader_kwargs, Mapping):
+        raise CallTypeError(f"wsireader_kwargs must be a mapping, not {type(wsireader_kwargs).__name__}.")
+    unknown = sorted(set(wsireader_kwargs) - {"mpp", "power", "meta"})
+    if unknown:
+        raise CallTypeError(f"wsireader_kwargs takes mpp, power and meta, not {', '.join(map(str, unknown))}.")
+    meta = wsireader_kwargs.get("meta")
+    mpp = wsireader_kwargs.get("mpp", getattr(meta, "mpp", None))
+    power = wsireader_kwargs.get("power", getattr(meta, "objective_power", None))
+    return (None if mpp is None else pair(mpp, "mpp")), (None if power is None else pair(power, "power")[0])

@@ -1,0 +1,108 @@
+"""The driver: blocks of many slides through one window of the cluster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import distributed
+import numpy as np
+
+from dfx.errors import DfxError, SlideError, StoreError
+from dfx.run.job import BlockDone, Event, Job, Planned, SlideFailed
+
+log = logging.getLogger(__name__)
+
+WINDOW = 3
+"""Blocks submitted and unfinished, for each thread of the cluster."""
+
+
+def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iterator[Event]:
+    """Send the blocks of many slides through one window of the cluster, and tell what happens.
+
+    Slides are planned as the window has room, so no worker waits between two slides and neither
+    this process nor the scheduler grows with the run.
+    """
+    waiting = iter(jobs)
+    current: Job | None = None
+    flying: dict[distributed.Future, tuple[Job, int]] = {}
+    finished = distributed.as_completed(with_results=False, raise_errors=False, loop=client.loop)
+    exhausted = False
+    while True:
+        window = WINDOW * max(1, sum(client.nthreads().values()))
+        while not exhausted and len(flying) < window:
+            if current is None or not current.todo or current.failed:
+                following = next(waiting, None)
+                if following is None:
+                    exhausted = True
+                elif isinstance(following, SlideFailed):
+                    yield following
+                else:
+                    current = following
+                    yield Planned(current.item, current.plan, len(current.plan.grid) - remaining(current))
+                    if not current.todo:
+                        yield current.finish()
+                continue
+            for block, future in submit(
+                client, current, current.take(max(1, min(window - len(flying), window // WINDOW)))
+            ):
+                flying[future] = (current, block)
+                finished.add(future)
+        if not flying:
+            return
+        future = next(finished)
+        job, block = flying.pop(future)
+        if job.failed:
+            continue
+        rows = job.rows(block)
+        error = failure(future, job, block)
+        if error is not None:
+            job.failed = True
+            for other in [f for f, (owner, _) in flying.items() if owner is job]:
+                other.cancel()
+            yield give_up(job, error)
+            continue
+        if job.kept is not None:
+            job.kept[rows] = future.result()
+        job.unfinished -= 1
+        yield BlockDone(job.item, rows.stop - rows.start)
+        if not job.unfinished:
+            yield job.finish()
+
+
+def remaining(job: Job) -> int:
+    """Patches of a job that are still to be made."""
+    return sum(job.rows(block).stop - job.rows(block).start for block in job.todo)
+
+
+def submit(client: distributed.Client, job: Job, blocks: list[int]) -> list[tuple[int, distributed.Future]]:
+    """Start a run of neighbouring blocks; gives (block, future)."""
+    held = client.persist(job.lazy.blocks[blocks[0] : blocks[-1] + 1])
+    futures = {future.key: future for future in distributed.futures_of(held)}
+    keys = np.array(held.__dask_keys__(), dtype=object).reshape(len(blocks), -1, len(held.shape) + 1)
+    return [(block, futures[tuple(key[0])]) for block, key in zip(blocks, keys, strict=True)]
+
+
+def failure(future: distributed.Future, job: Job, block: int) -> DfxError | None:
+    """What went wrong with a block, None when it is done."""
+    if future.status == "finished":
+        return None
+    where = f"block {block} of {job.plan.slide.url}"
+    if future.status != "error":
+        return SlideError(f"{where} was {future.status} by the cluster: run again to resume.")
+    error = future.exception()
+    if isinstance(error, DfxError):
+        return error
+    if isinstance(error, OSError):
+        return StoreError(f"{where} can't be written ({error}): check the disk and run again to resume.")
+    return SlideError(f"{where} failed ({type(error).__name__}: {error}); run again to resume.")
+
+
+def give_up(job: Job, error: DfxError) -> SlideFailed:
+    """Note a failure where the slide's output is."""
+    if job.store is not None:
+        try:
+            job.store.fail(str(error))
+        except OSError as e:  # the disk that failed the block
+            log.warning("%s can't note its failure: %s", job.store.path, e)
+    return SlideFailed(job.item, error)

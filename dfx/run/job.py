@@ -1,0 +1,149 @@
+"""One slide of a run: as it was given, planned, on its way, and what is told of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import dask.array as da
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx import arrays
+from dfx.errors import DfxError, StoreError
+from dfx.plan import Plan
+from dfx.slides import Slide, open_slide
+from dfx.store import Store
+
+
+@dataclass(frozen=True)
+class Item:
+    """One slide of a run, as the user gave it."""
+
+    given: Any
+    """The key of the result."""
+    slide: str | Path | Slide
+    """What is opened, or is open already."""
+    mask: Any = "tissue"
+    """"tissue", None, an array or a path."""
+    label: Any = None
+    """Kept with the output."""
+    mpp: float | tuple[float, float] | None = None
+    """Goes before the file's."""
+    power: float | None = None
+    """Goes before the file's."""
+
+    def open(self) -> Slide:
+        """Open the slide; raises `SlideError`."""
+        return self.slide if isinstance(self.slide, Slide) else open_slide(self.slide, mpp=self.mpp, power=self.power)
+
+    @property
+    def address(self) -> str:
+        """Where the slide lies."""
+        return self.slide.url if isinstance(self.slide, Slide) else str(Path(self.slide).absolute())
+
+
+@dataclass(eq=False)
+class Job:
+    """A planned slide on its way through the window."""
+
+    item: Item
+    plan: Plan
+    lazy: da.Array
+    """One block a task: it writes the block, or gives it."""
+    todo: list[int]
+    """Blocks not yet submitted, in order."""
+    store: Store | None = None
+    """Where blocks are written; None: they are kept."""
+    kept: NDArray[Any] | None = None
+    """Where blocks are kept."""
+    unfinished: int = field(init=False)
+    """Blocks not yet done."""
+    failed: bool = False
+    """Whether what comes back of it is to be ignored."""
+
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.todo)
+
+    @classmethod
+    def in_memory(cls, item: Item, plan: Plan) -> Job:
+        """Make a job whose features come back to this process."""
+        lazy = arrays.lazy_features(plan)
+        return cls(item, plan, lazy, list(range(len(plan.block_bounds))), kept=np.empty(plan.shape, plan.dtype))
+
+    @classmethod
+    def on_disk(cls, item: Item, plan: Plan, path: Path, *, overwrite: bool) -> Job:
+        """Make a job whose features are written where they are made; blocks that are there are not made again."""
+        try:
+            store = Store.prepare(path, plan, item.label, overwrite=overwrite)
+        except OSError as e:
+            raise StoreError(f"{path} can't be written ({e}): check the disk and its permissions.") from e
+        lazy = arrays.written(arrays.lazy_features(plan), store.features) if len(plan.grid) else da.empty((0,))
+        return cls(item, plan, lazy, [] if store.complete else store.missing(), store=store)
+
+    def take(self, most: int) -> list[int]:
+        """Take the next run of neighbouring blocks, `most` at a time."""
+        n = 1
+        while n < min(most, len(self.todo)) and self.todo[n] == self.todo[0] + n:
+            n += 1
+        run, self.todo = self.todo[:n], self.todo[n:]
+        return run
+
+    def rows(self, block: int) -> slice:
+        """The rows of a block."""
+        return slice(*self.plan.block_bounds[block])
+
+    def finish(self) -> SlideDone:
+        """Close what is done."""
+        if self.store is None:
+            return SlideDone(
+                self.item, {"features": self.kept, "coordinates": self.plan.grid.coordinates} | labelled(self.item)
+            )
+        if not self.store.complete:
+            self.store.finish()
+        return SlideDone(self.item, self.store.path)
+
+
+def labelled(item: Item) -> dict[str, Any]:
+    """The item's label as part of a result."""
+    return {} if item.label is None else {"labels": item.label}
+
+
+# What a run tells of
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A slide's patches are known, and how many of them are there from an earlier run."""
+
+    item: Item
+    plan: Plan
+    done: int
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """A block is computed (and written)."""
+
+    item: Item
+    patches: int
+
+
+@dataclass(frozen=True)
+class SlideDone:
+    """A slide is complete."""
+
+    item: Item
+    output: Any
+
+
+@dataclass(frozen=True)
+class SlideFailed:
+    """A slide can't be done; the others go on."""
+
+    item: Item
+    error: DfxError
+
+
+Event: TypeAlias = Planned | BlockDone | SlideDone | SlideFailed
