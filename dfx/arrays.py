@@ -51,11 +51,10 @@ def features(
     `encoder`: what `load_encoder` takes or gives. A module is handed to the workers of the current
     Dask client now. Raises as `load_encoder` does, and `SlideError` when the slide is no picture.
     """
-    return lazy_features(
-        make_plan(
-            slide, grid, load_encoder(encoder), Options(block_size=block_size, batch_size=batch_size, device=device)
-        )
-    )
+    options = Options(block_size=block_size, batch_size=batch_size, device=device)
+    plan = make_plan(slide, grid, load_encoder(encoder), options)
+    cluster.share(plan.encoder)
+    return lazy_features(plan)
 
 
 def make_plan(slide: Slide, grid: PatchGrid, encoder: EncoderSpec, options: Options) -> Plan:
@@ -66,8 +65,7 @@ def make_plan(slide: Slide, grid: PatchGrid, encoder: EncoderSpec, options: Opti
 
 
 def lazy_features(plan: Plan) -> da.Array:
-    """Give a plan's features as a lazy array."""
-    cluster.share(plan.encoder)
+    """Give a plan's features as a lazy array; a given module is to be shared with the workers before it is computed."""
     work = BlockWork.of(plan.slide, plan.grid, plan.encoder, plan.options)
     return map_steps(encode_task, work, plan.grid, (plan.dim,), plan.dtype, "features")
 

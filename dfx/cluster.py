@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -70,6 +71,10 @@ def check_client(client: object) -> distributed.Client | None:
     return client
 
 
+_handed: weakref.WeakKeyDictionary[distributed.Client, set[str]] = weakref.WeakKeyDictionary()
+"""What each client's scheduler has, so that a large module is pickled once."""
+
+
 class Handed(distributed.WorkerPlugin):  # type: ignore[misc]
     """Brings a pickled module to every worker, also to those that join later.
 
@@ -97,11 +102,13 @@ def share(encoder: EncoderSpec, client: distributed.Client | None = None) -> Non
     client = client or current_client()
     if client is None or encoder.kind == "timm" or client.scheduler is None:
         return
-    if client.scheduler.address.startswith("inproc://"):
+    handed = _handed.setdefault(client, set())
+    if client.scheduler.address.startswith("inproc://") or encoder.key in handed:
         return
     from dfx.encoders.network import pickle_module
 
     client.register_plugin(Handed(encoder.key, pickle_module(encoder)))
+    handed.add(encoder.key)
 
 
 def task_threads() -> int | None:

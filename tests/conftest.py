@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import distributed
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -36,6 +38,28 @@ def slide(made_slide: Path) -> dfx.Slide:
 @pytest.fixture(scope="session")
 def resnet18() -> dfx.EncoderSpec:
     return dfx.load_encoder("resnet18", weights="random")
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[distributed.Client]:
+    """A cluster in this process, not the current one."""
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0", memory_limit=0
+        ) as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[distributed.Client]:
+    """A cluster of two worker processes, not the current one."""
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
 
 
 def shared(name: str) -> Path:

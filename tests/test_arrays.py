@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,6 @@ from dfx.store import Store
 @pytest.fixture
 def grid(slide: dfx.Slide) -> dfx.PatchGrid:
     return dfx.PatchGrid.over(slide, shape=64, resolution=0.5, units="mpp", mask="tissue")
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[distributed.Client]:
-    with (
-        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
-        distributed.Client(cluster) as client,
-    ):
-        yield client
 
 
 def test_patches_and_features_belong_to_the_rows_of_the_grid(slide: dfx.Slide, grid: dfx.PatchGrid) -> None:
@@ -112,7 +102,7 @@ def test_other_processes_open_the_slide_and_give_the_same(
     processes: distributed.Client, slide: dfx.Slide, grid: dfx.PatchGrid, resnet18: dfx.EncoderSpec
 ) -> None:
     OPENED.clear()
-    far = dfx.features(slide, grid, resnet18, block_size=40).compute()
+    far = dfx.features(slide, grid, resnet18, block_size=40).compute(scheduler=processes)
     near = dfx.features(slide, grid, resnet18, block_size=40).compute(scheduler="sync")
     assert np.allclose(far, near, atol=1e-5)
 
@@ -131,7 +121,8 @@ def test_a_module_of_main_reaches_workers_in_other_processes(
     OfTheNotebook.__module__, OfTheNotebook.__qualname__ = "__main__", "OfTheNotebook"
     __main__.OfTheNotebook = OfTheNotebook  # type: ignore[attr-defined]
     try:
-        got = dfx.features(slide, grid, OfTheNotebook()).compute()
+        with processes.as_current():
+            got = dfx.features(slide, grid, OfTheNotebook()).compute()
     finally:
         del __main__.OfTheNotebook
     want = dfx.features(slide, grid, Means()).compute(scheduler="sync")

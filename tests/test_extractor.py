@@ -37,17 +37,6 @@ def extractor() -> dfx.DeepFeatureExtractor:
     return dfx.DeepFeatureExtractor(Means(), verbose=False)
 
 
-@pytest.fixture(scope="module")
-def client() -> Any:
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0", memory_limit=0
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
-
-
 def expected(path: Path, mask: Any = "tissue") -> tuple[NDArray[Any], NDArray[np.int64]]:
     slide = dfx.open_slide(path)
     grid = dfx.PatchGrid.over(slide, shape=64, resolution=0.5, units="mpp", mask=mask)
@@ -139,6 +128,17 @@ def test_the_current_client_is_used_and_kept(
     with distributed.Client(processes=False, n_workers=1, dashboard_address=":0") as current:
         extractor.run([made_slide], save_dir=tmp_path, **WSI)
         assert current.status == "running"
+
+
+def test_a_module_reaches_the_workers_of_the_client_that_was_given(
+    made_slide: Path, tmp_path: Path, processes: distributed.Client
+) -> None:
+    class Local(Means):
+        pass
+
+    extractor = dfx.DeepFeatureExtractor(Local(), verbose=False)
+    extractor.run([made_slide], save_dir=tmp_path, client=processes, block_size=20, **WSI)
+    assert np.allclose(dfx.open_features(tmp_path / "made.zarr").features.compute(), expected(made_slide)[0], atol=1e-5)
 
 
 def test_many_slides_come_back_under_what_they_were_given_as(

@@ -33,17 +33,6 @@ from dfx.slides.synthetic import write_slide
 BASELINE = [{"resolution": 1.0, "units": "baseline"}]
 
 
-@pytest.fixture(scope="module")
-def client() -> Any:
-    with (
-        distributed.LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0", memory_limit=0
-        ) as cluster,
-        distributed.Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
-
-
 @pytest.fixture
 def run(client: distributed.Client) -> Any:
     """A dict run over slides with `Means`, at the baseline unless told otherwise."""

@@ -28,6 +28,9 @@ MODULES: Kept[nn.Module] = Kept(8)
 """Networks in main memory, in evaluation mode."""
 NETWORKS: Kept[Network] = Kept(8)
 """Networks on a device."""
+PROBES: Kept[tuple[int, str]] = Kept(256)
+"""What networks give for patches of a shape."""
+
 SEED = 0
 """Of untrained weights, so that every worker has the same."""
 _tokens: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -189,8 +192,12 @@ def parse_device(device: str) -> None:
 def probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> tuple[int, str]:
     """Width and dtype of the features of patches of a shape, from two black patches.
 
-    A named network is probed without memory or weights (torch's meta device).
+    A named network is probed without memory or weights (torch's meta device). A process probes once.
     """
+    return PROBES.get((spec, shape_yx, channels), lambda: _probe(spec, shape_yx, channels))
+
+
+def _probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int) -> tuple[int, str]:
     if spec.kind == "timm":
         with torch.device("meta"):
             module = timm_model(spec)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import distributed
 
-from dfx import arrays, memory
+from dfx import arrays, cluster, memory
 from dfx.encoders import EncoderSpec
 from dfx.errors import DfxError, RunError, SlideError
 from dfx.grid import PatchGrid
@@ -115,6 +115,7 @@ def run_slides(
                 log.exception("planning %s", item.address)
                 yield SlideFailed(item, SlideError(f"{item.address} can't be planned ({type(e).__name__}: {e})."))
 
+    cluster.share(encoder, client)
     for event in drive(client, jobs()):
         if isinstance(event, SlideDone):
             result[event.item.given] = in_arrays(event) if in_memory else event.output
