@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dfx import cluster, kernel
 from dfx.encoders import EncoderLike, EncoderSpec, load_encoder, output
-from dfx.errors import CallError, StoreError
+from dfx.errors import CallError, CallTypeError, StoreError
 from dfx.grid import PatchGrid
 from dfx.plan import BlockWork, Options, Plan
 from dfx.slides import Slide
@@ -32,8 +32,9 @@ def patches(slide: Slide, grid: PatchGrid, *, block_size: int = 256) -> da.Array
     no colours.
     """
     options = Options(block_size=block_size)
+    check_pair(slide, grid)
     slide.check_picture(grid.view.level)
-    work = BlockWork.of(slide, grid, None, options)
+    work = BlockWork.of(slide, grid, None, 0, options)
     return map_steps(read_task, work, grid, (*grid.shape_yx, 3), np.dtype(np.uint8), "patches")
 
 
@@ -57,8 +58,19 @@ def features(
     return lazy_features(plan)
 
 
+def check_pair(slide: object, grid: object) -> None:
+    """Refuse what is no slide or no grid, and a grid of another slide, whose positions would mean other places."""
+    if not isinstance(slide, Slide) or not isinstance(grid, PatchGrid):
+        raise CallTypeError(
+            f"a Slide and its PatchGrid are needed, not {type(slide).__name__} and {type(grid).__name__}."
+        )
+    if grid.slide != slide.identity:
+        raise CallError(f"the grid was made for another slide than {slide.url}: use PatchGrid.over(this slide, ...).")
+
+
 def make_plan(slide: Slide, grid: PatchGrid, encoder: EncoderSpec, options: Options) -> Plan:
     """Plan a slide: check that its patches can be made, and find what the encoder gives for them."""
+    check_pair(slide, grid)
     slide.check_picture(grid.view.level)
     dim, dtype = output(encoder, grid.shape_yx)
     return Plan(slide, grid, encoder, dim, dtype, options)
@@ -66,7 +78,7 @@ def make_plan(slide: Slide, grid: PatchGrid, encoder: EncoderSpec, options: Opti
 
 def lazy_features(plan: Plan) -> da.Array:
     """Give a plan's features as a lazy array; a given module is to be shared with the workers before it is computed."""
-    work = BlockWork.of(plan.slide, plan.grid, plan.encoder, plan.options)
+    work = BlockWork.of(plan.slide, plan.grid, plan.encoder, plan.dim, plan.options)
     return map_steps(encode_task, work, plan.grid, (plan.dim,), plan.dtype, "features")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import whole_pair
-from dfx.resolution import check_resolution, pair
+from dfx.resolution import check_resolution, one, pair
 from dfx.run import Item
 from dfx.slides import Slide
 from dfx.tissue import as_mask
@@ -22,6 +23,16 @@ def check_workers(num_workers: object) -> int:
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise CallError(f"num_workers must be a whole number of decoding threads (0: one a core), not {num_workers!r}.")
     return num_workers
+
+
+def store_name(output_file: object) -> str:
+    """Name the store of loose patches: the stem of `output_file`, as the reference has it."""
+    if output_file is not None and not isinstance(output_file, str | Path):
+        raise CallTypeError(f"output_file must be a name, not {type(output_file).__name__}.")
+    stem = Path(output_file or "output").stem
+    if not stem or len(stem.encode()) > 200:
+        raise CallError(f"output_file {str(output_file)!r} is no name that a store can have.")
+    return f"{stem}.zarr"
 
 
 def check_count(name: str, values: ArrayLike | Sequence[Any] | None, n: int) -> None:
@@ -87,14 +98,30 @@ def slide_items(
     for n, image in enumerate(images):
         slide, own_mpp, own_power = address_of(image)
         mask = None if masks is None else masks[n]
-        if mask is None:
-            mask = "tissue" if auto_get_mask else None
-        else:
-            mask = usable_mask(mask)
-        items.setdefault(
-            image, Item(image, slide, mask, None if labels is None else labels[n], own_mpp or mpp, own_power or power)
-        )
+        mask = usable_mask(mask) if mask is not None else "tissue" if auto_get_mask else None
+        label = None if labels is None else plain_label(labels[n])
+        item = Item((image,), slide, mask, label, mpp or own_mpp, power or own_power)
+        same = items.setdefault(item.identity, item)
+        if same is not item:
+            if not same_mask(same.mask, mask) or same.label != label:
+                raise CallError(f"{item.address} is given twice with different masks or labels: give it once.")
+            items[item.identity] = replace(same, given=tuple(dict.fromkeys((*same.given, image))))
     return list(items.values())
+
+
+def same_mask(one: Any, other: Any) -> bool:
+    """Whether two masks keep the same."""
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def plain_label(label: Any) -> Any:
+    """Give a label as JSON has it; refuse what is no number, text or None."""
+    label = label.item() if isinstance(label, np.generic) else label
+    if label is not None and not isinstance(label, bool | int | float | str):
+        raise CallTypeError(f"a label is a number, a text or None, not {type(label).__name__}.")
+    return label
 
 
 def address_of(image: Any) -> tuple[str | Path | Slide, Any, Any]:
@@ -136,10 +163,10 @@ def metadata_of(wsireader_kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:
         return None, None
     if not isinstance(wsireader_kwargs, Mapping):
         raise CallTypeError(f"wsireader_kwargs must be a mapping, not {type(wsireader_kwargs).__name__}.")
-    unknown = sorted(set(wsireader_kwargs) - {"mpp", "power", "meta"})
+    unknown = sorted(map(str, set(wsireader_kwargs) - {"mpp", "power", "meta"}))
     if unknown:
-        raise CallTypeError(f"wsireader_kwargs takes mpp, power and meta, not {', '.join(map(str, unknown))}.")
+        raise CallTypeError(f"wsireader_kwargs takes mpp, power and meta, not {', '.join(unknown)}.")
     meta = wsireader_kwargs.get("meta")
     mpp = wsireader_kwargs.get("mpp", getattr(meta, "mpp", None))
     power = wsireader_kwargs.get("power", getattr(meta, "objective_power", None))
-    return (None if mpp is None else pair(mpp, "mpp")), (None if power is None else pair(power, "power")[0])
+    return (None if mpp is None else pair(mpp, "mpp")), (None if power is None else one(power, "power"))

@@ -17,7 +17,9 @@ DONE, FAILURES, BAD_CALL, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; gives the exit code: 0 done, 1 some slides failed, 2 can't be done as asked."""
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # dfx says itself what matters of a header
+    # What matters of a header, a task or a slide is said once, by the command itself.
+    for name in ("tifffile", "distributed", "dfx"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     args = parser().parse_args(argv)
     try:
         return int(args.command(args))

@@ -19,7 +19,7 @@ from dfx.errors import CallError, CallTypeError
 def current_client() -> distributed.Client | None:
     """Give the current Dask client, None where there is none."""
     try:
-        return distributed.get_client()
+        return distributed.Client.current()
     except ValueError:
         return None
 
@@ -128,8 +128,14 @@ def meter(stage: str) -> AbstractContextManager[Any]:
     return timer
 
 
+PROTOCOLS = ("tcp", "tls", "ws", "wss")
+
+
 def connect(address: str) -> distributed.Client:
     """Connect to a running scheduler; raises `CallError` when it does not answer in 30 seconds."""
+    protocol, found, _ = address.partition("://")
+    if found and protocol not in PROTOCOLS:  # a Client that fails on it would keep the process from ending
+        raise CallError(f"{address} is no scheduler's address: use {', '.join(f'{p}://' for p in PROTOCOLS)}.")
     try:
         return distributed.Client(address, timeout=30, set_as_default=False)
     except (OSError, ValueError) as e:

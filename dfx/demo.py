@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dfx.errors import StoreError
 from dfx.extractor import DeepFeatureExtractor
 from dfx.pictures import overview, write_png
 from dfx.run import RunResult
@@ -16,8 +17,11 @@ SLIDE, PICTURE = "demo.svs", "demo.png"
 def demo(out: str | Path, *, verbose: bool = True) -> tuple[Path, Path, Path]:
     """Make a slide, extract features with an untrained resnet18, draw them; gives slide, store, picture."""
     folder = check_folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    slide = write_slide(folder / SLIDE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        slide = write_slide(folder / SLIDE)
+    except OSError as e:
+        raise StoreError(f"{folder} can't be written to ({e}): give another folder with --out.") from e
     extractor = DeepFeatureExtractor("resnet18", weights="random", verbose=verbose)
     result = extractor.run(
         [slide],

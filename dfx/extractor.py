@@ -9,7 +9,15 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from dfx import cluster, loose
-from dfx.call import check_count, check_workers, configuration, resolution_of, slide_items
+from dfx.call import (
+    check_count,
+    check_workers,
+    configuration,
+    plain_label,
+    resolution_of,
+    slide_items,
+    store_name,
+)
 from dfx.encoders import EncoderLike, EncoderSpec, check_device, load_encoder
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import check_ratio, whole_pair
@@ -126,11 +134,7 @@ class DeepFeatureExtractor:
         show = self.verbose if verbose is None else bool(verbose)
 
         if patch_mode:
-            store = (
-                None
-                if output_type == "dict" or folder is None
-                else folder / f"{Path(output_file or 'output').stem}.zarr"
-            )
+            store = None if output_type == "dict" or folder is None else folder / store_name(output_file)
             return self._run_patches(images, labels, shape, options, dask_client, store, overwrite)
 
         if shape is None or resolutions is None:
@@ -169,11 +173,12 @@ class DeepFeatureExtractor:
         wanted = None if shape is None else whole_pair(shape, "patch_input_shape")
         patches = loose.gather(images, wanted, any_kind=self.encoder.kind == "tiatoolbox")
         check_count("labels", labels, len(patches.source))
+        plain = None if labels is None else [plain_label(label) for label in labels]
         if store is not None:
             check_ours(store)
             if store.exists() and any(store.iterdir()) and not overwrite:
                 raise CallError(f"{store} exists: pass overwrite=True to replace it, or another output_file=.")
         features = loose.encode_all(patches, self.encoder, options, client or cluster.current_client())
         if store is not None:
-            return write_patch_mode(store, features, labels, self.encoder.describe(), options.block_size)
+            return write_patch_mode(store, features, plain, self.encoder.describe(), options.block_size)
         return {"features": features} | ({} if labels is None else {"labels": labels})

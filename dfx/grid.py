@@ -24,6 +24,8 @@ MOST = 2**26
 """Positions that a grid may have before its mask: more is a mistake, and would not fit in memory."""
 
 
+MOST_PIXELS = 2**28
+"""Pixels that a patch may have."""
 MASK_SIZE = 4096
 """Longer side, in pixels, at which a slide that serves as a mask is read."""
 
@@ -37,8 +39,14 @@ class HasThumbnail(Protocol):
         ...
 
 
+@runtime_checkable
 class HasViews(Protocol):
     """What a grid asks of a slide."""
+
+    @property
+    def identity(self) -> str:
+        """Names the slide's content."""
+        ...
 
     def view(self, resolution: float | tuple[float, float], units: Units) -> View:
         """Give the way in which the slide is read at a resolution."""
@@ -56,8 +64,8 @@ def whole_pair(value: Any, name: str) -> tuple[int, int]:
     items = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value] * 2
     if len(items) != 2 or any(isinstance(i, bool) or not isinstance(i, int | np.integer) for i in items):
         raise CallTypeError(f"{name} must be a whole number or a pair (rows, columns) of them, not {value!r}.")
-    if min(items) < 1:
-        raise CallError(f"{name} must be at least 1 pixel each way, not {value!r}.")
+    if min(items) < 1 or max(items) >= 2**31:
+        raise CallError(f"{name} must be at least 1 pixel each way and below {2**31}, not {value!r}.")
     return int(items[0]), int(items[1])
 
 
@@ -111,6 +119,8 @@ class PatchGrid:
     """How the slide is read."""
     steps_xy: NDArray[np.unsignedinteger[Any]]
     """(N, 2): each patch's position in strides, (x, y)."""
+    slide: str = ""
+    """Identity of the slide that it was made for."""
 
     @classmethod
     def over(
@@ -136,7 +146,13 @@ class PatchGrid:
         The order is by vertical strips of 16 patches, rows from top to bottom within a strip, so
         that a run of 256 patches lies close together; it depends on nothing but the grid.
         """
+        if not isinstance(slide, HasViews):
+            raise CallTypeError(f"a grid lies over a Slide, not a {type(slide).__name__}: open it with dfx.open_slide.")
         shape_yx = whole_pair(shape, "patch shape")
+        if shape_yx[0] * shape_yx[1] > MOST_PIXELS:
+            raise CallError(
+                f"a patch of {shape_yx[0]} x {shape_yx[1]} pixels is more than {MOST_PIXELS:,}: use a smaller one."
+            )
         stride_yx = whole_pair(shape if stride is None else stride, "stride")
         min_mask_ratio = check_ratio(min_mask_ratio)
         view = slide.view(resolution, units)
@@ -156,7 +172,7 @@ class PatchGrid:
             steps = steps[covered(origins, shape_yx, view.size_xy, cells, min_mask_ratio)]
         order = np.lexsort((steps[:, 0], steps[:, 1], steps[:, 0] // STRIP))
         dtype = np.uint16 if max(rows, columns) <= 2**16 else np.uint32
-        return cls(shape_yx, stride_yx, view, steps[order].astype(dtype))
+        return cls(shape_yx, stride_yx, view, steps[order].astype(dtype), slide.identity)
 
     def __len__(self) -> int:
         return len(self.steps_xy)

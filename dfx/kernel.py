@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.encoders import EncoderSpec, encode
+from dfx.errors import EncoderError
 from dfx.plan import BlockWork
 from dfx.reader import read_patches
 
@@ -50,7 +51,13 @@ def encode_block(
         with meter("dfx-read"):
             patches = read_patches(work.slide, work.grid.view, origins, shape, batch_buffer(len(origins), shape))
         with meter("dfx-encode"):
-            rows.append(encode(encoder, patches, batch_size=size, device=work.options.device, threads=threads))
+            found = encode(encoder, patches, batch_size=size, device=work.options.device, threads=threads)
+        if found.shape[1] != work.dim:  # it would be broadcast into the output
+            raise EncoderError(
+                f"encoder {encoder.name} gave {found.shape[1]} numbers a patch for {len(origins)} patches, "
+                f"but {work.dim} when it was planned: its width must not depend on the batch."
+            )
+        rows.append(found)
     return np.concatenate(rows)
 
 

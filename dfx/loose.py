@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dfx import cluster, kernel
 from dfx.encoders import EncoderSpec, output
-from dfx.errors import CallError, CallTypeError, SlideError
+from dfx.errors import CallError, CallTypeError, DfxError, RunError, SlideError
 from dfx.plan import Options
 
 ENDINGS = (".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -93,7 +93,7 @@ def read_image(path: str) -> NDArray[np.uint8]:
         else:
             decoded = cv2.imdecode(np.frombuffer(file.read_bytes() or b"\0", np.uint8), cv2.IMREAD_COLOR)
             image = None if decoded is None else cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
-    except (OSError, ValueError, cv2.error) as e:
+    except Exception as e:  # numpy and OpenCV raise many kinds
         raise SlideError(f"{path} can't be read as an image ({e}).") from e
     if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise SlideError(f"{path} is no 8-bit RGB image: convert it.")
@@ -139,5 +139,10 @@ def encode_all(
     )
     # Patches that the caller holds in memory can reach workers through the graph only; that's no mistake to warn of.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-        found: NDArray[np.floating[Any]] = lazy.compute(scheduler=client or "threads")
+        try:
+            found: NDArray[np.floating[Any]] = lazy.compute(scheduler=client or "threads")
+        except DfxError:
+            raise
+        except Exception as e:  # a worker's death, a lost client, an error that does not pickle
+            raise RunError(f"loose patches could not be encoded ({type(e).__name__}: {e}); run again.") from e
     return found

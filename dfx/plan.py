@@ -34,8 +34,9 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer):
                 raise CallTypeError(f"{name} must be a whole number of patches, not {value!r}.")
-            if value < 1:
-                raise CallError(f"{name} must be at least 1 patch, not {value}.")
+            if not 1 <= value < 2**24:
+                raise CallError(f"{name} must be at least 1 patch and below {2**24}, not {value}.")
+            object.__setattr__(self, name, int(value))  # numpy's integers are no JSON
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +143,16 @@ class BlockWork:
     """Without its steps, which each task brings for its own block."""
     encoder: EncoderSpec | None
     """None: the pixels themselves are wanted."""
+    dim: int
+    """Width of the features that were planned."""
     options: Options
+    """How."""
 
     @classmethod
-    def of(cls, slide: Slide, grid: PatchGrid, encoder: EncoderSpec | None, options: Options) -> BlockWork:
+    def of(cls, slide: Slide, grid: PatchGrid, encoder: EncoderSpec | None, dim: int, options: Options) -> BlockWork:
         """Take what tasks need of a plan."""
         bare = PatchGrid(grid.shape_yx, grid.stride_yx, grid.view, grid.steps_xy[:0])
-        return cls(slide, bare, encoder, options)
+        return cls(slide, bare, encoder, dim, options)
 
     def origins(self, steps_xy: NDArray[Any]) -> NDArray[np.int64]:
         """Top left corners of a block's patches."""
@@ -156,9 +160,9 @@ class BlockWork:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Values without field names: every task carries this, and a task is to stay below 4 kB.
-        parts = self.grid.view, self.encoder, self.options
-        values = tuple(part and tuple(getattr(part, f.name) for f in fields(part)) for part in parts)
-        return _restored, (self.slide, self.grid.shape_yx, self.grid.stride_yx, *values)
+        view, options = (tuple(getattr(part, f.name) for f in fields(part)) for part in (self.grid.view, self.options))
+        encoder = self.encoder and self.encoder.values()
+        return _restored, (self.slide, self.grid.shape_yx, self.grid.stride_yx, view, encoder, self.dim, options)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         grid = self.grid
@@ -179,7 +183,8 @@ def _restored(
     stride_yx: tuple[int, int],
     view: tuple[Any, ...],
     encoder: tuple[Any, ...] | None,
+    dim: int,
     options: tuple[Any, ...],
 ) -> BlockWork:
     grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16))
-    return BlockWork(slide, grid, EncoderSpec(*encoder) if encoder else None, Options(*options))
+    return BlockWork(slide, grid, EncoderSpec(*encoder) if encoder else None, dim, Options(*options))

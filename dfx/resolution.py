@@ -32,25 +32,44 @@ def pair(value: Any, name: str) -> tuple[float, float]:
     items = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value] * 2
     if len(items) != 2 or any(isinstance(i, bool) or not isinstance(i, int | float | np.number) for i in items):
         raise CallTypeError(f"{name} must be a number or a pair (x, y) of numbers, not {value!r}.")
-    x, y = (float(i) for i in items)
-    if not all(math.isfinite(i) and i > 0 for i in (x, y)):
-        raise CallError(f"{name} must be positive and finite, not {value!r}.")
+    try:
+        x, y = (float(i) for i in items)
+    except OverflowError:
+        x = y = math.inf
+    if not all(1e-9 < i < 1e9 for i in (x, y)):
+        raise CallError(f"{name} must be a positive number that can be meant, not {value!r}.")
     return x, y
+
+
+def one(value: Any, name: str) -> float:
+    """Give a positive number as a float; raises as `pair` does, also for a pair."""
+    if isinstance(value, Sequence | np.ndarray):
+        raise CallTypeError(f"{name} must be a number, not {value!r}.")
+    return pair(value, name)[0]
 
 
 def check_resolution(resolution: Any, units: object) -> None:
     """Refuse a resolution that is wrong for any slide: an unknown unit, or no positive number."""
-    if units not in UNITS:
+    if not isinstance(units, str) or units not in UNITS:
         raise CallError(f"units must be one of {', '.join(UNITS)}, not {units!r}.")
     if units != "level":
         pair(resolution, f"resolution in {units}")
         return
-    is_index = isinstance(resolution, int | float | np.number) and not isinstance(resolution, bool)
-    if not is_index or resolution < 0 or resolution != int(resolution):
+    is_number = isinstance(resolution, int | float | np.number) and not isinstance(resolution, bool)
+    if not is_number or not 0 <= resolution < 1000 or resolution != int(resolution):
         raise CallError(
             f"a level is a whole number from 0 (the baseline), not {resolution!r}; "
             "for a scale between levels use units='baseline' or 'mpp'."
         )
+
+
+def plain(resolution: Any) -> float | tuple[float, float]:
+    """Give a resolution as Python numbers, which JSON has."""
+    if isinstance(resolution, np.generic):
+        return resolution.item()  # type: ignore[no-any-return]
+    if isinstance(resolution, Sequence | np.ndarray):
+        return float(resolution[0]), float(resolution[1])
+    return resolution  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,7 @@ def view(
 ) -> View:
     """Choose the level for a resolution and work out the slide's size there."""
     check_resolution(resolution, units)
+    resolution = plain(resolution)
     scales = level_scales(downsamples, resolution, units, mpp=mpp, power=power, name=name)
     fine_enough = np.flatnonzero((np.round(scales, 3) <= 1).all(axis=1))
     level = int(fine_enough[-1]) if len(fine_enough) else 0

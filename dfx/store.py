@@ -11,6 +11,7 @@ writing it again changes nothing.
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -22,22 +23,46 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import zarr
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from dfx.errors import StoreError
+from dfx.errors import CallTypeError, StoreError
 from dfx.plan import FORMAT, Plan, differences
+
+NODES = ("zarr.json", "features", "coordinates", "labels")
+"""What dfx writes into a store's folder."""
 
 
 def check_folder(save_dir: str | Path) -> Path:
     """Give an output folder made absolute; raises `StoreError` for a file, or a place that can't be written."""
+    if not isinstance(save_dir, str | Path):
+        raise CallTypeError(f"a folder is given by its path (str or Path), not by {type(save_dir).__name__}.")
     text = str(save_dir)
+    if "\0" in text or not text:
+        raise StoreError(f"{text!r} is no path: give a folder.")
     if "://" in text:
         raise StoreError(f"{text} is not on a mounted disk: this version of dfx writes local folders only.")
-    folder = Path(text).expanduser().absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        folder = Path(text).expanduser().absolute()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except (OSError, RuntimeError, ValueError) as e:  # a name too long, a user who is not there, a null byte
+        raise StoreError(f"{text!r} can't be an output folder ({e}): give another save_dir.") from e
     if not existing.is_dir():
         raise StoreError(f"{existing} is a file, so it can't be an output folder: give another save_dir.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StoreError(f"{existing} can't be written to: check its permissions, or give another save_dir.")
     return folder
+
+
+def remove(path: Path) -> None:
+    """Remove what dfx wrote at a store's place; what else lies in its folder stays, and so does the folder then."""
+    for name in NODES:
+        node = path / name
+        if node.is_dir() and not node.is_symlink():
+            shutil.rmtree(node)
+        else:
+            node.unlink(missing_ok=True)
+    if path.exists() and not any(path.iterdir()):
+        path.rmdir()
 
 
 def is_ours(path: Path) -> bool:
@@ -61,9 +86,9 @@ def dfx_attributes(path: Path) -> dict[str, Any] | None:
     """Give what a store says of itself, None where there is no store of dfx."""
     try:
         found = zarr.open_group(str(path), mode="r").attrs.get("dfx")
-    except (OSError, ValueError, KeyError, TypeError):  # no group, or no zarr at all
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no group, or no zarr at all
         return None
-    return found if isinstance(found, dict) and "format" in found else None
+    return found if isinstance(found, dict) and {"format", "status", "encoder"} <= found.keys() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +119,15 @@ class Store:
                     "give another save_dir, or overwrite=True (--overwrite) to replace it."
                 )
             if stored.get("status") != "created":  # its arrays are all there
-                return cls(path, features_array(path))
+                store = cls(path, features_array(path))
+                changes = {} if label in (None, stored.get("label")) else {"label": label}
+                if stored.get("status") != "running" and store.missing():
+                    changes |= {"status": "running"}
+                if changes:
+                    update(path, **changes)
+                return store
         if path.exists():
-            shutil.rmtree(path)
+            remove(path)
         return cls._create(path, plan, label)
 
     @classmethod
@@ -136,14 +167,22 @@ class Store:
 
     def missing(self) -> list[int]:
         """Which blocks are not written yet, in order."""
-        chunks = self.features.path + "/c/"
-        there = {int(p.name) for p in (self.path / chunks).glob("[0-9]*") if (p / "0").is_file()}
-        return [block for block in range(self.features.cdata_shape[0]) if block not in there]
+        whole = int(np.prod(self.features.chunks)) * self.features.dtype.itemsize  # chunks are not compressed
+        chunks = self.path / self.features.path / "c"
+
+        def there(block: int) -> bool:
+            try:
+                return (chunks / str(block) / "0").stat().st_size == whole
+            except FileNotFoundError:
+                return False
+
+        return [block for block in range(self.features.cdata_shape[0]) if not there(block)]
 
     def finish(self) -> None:
         """Close the store: consolidated metadata, then the status, which is so the last thing written."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the zarr 3 standard yet
+            warnings.filterwarnings("ignore", message="Object at")  # a user's file in the store's folder
             zarr.consolidate_metadata(str(self.path))
         update(self.path, status="complete", failure=None)
 
@@ -178,12 +217,21 @@ def update(path: Path, **changes: Any) -> None:
 
 
 def write_patch_mode(
-    path: Path, features: NDArray[Any], labels: ArrayLike | None, encoder: dict[str, Any], block_size: int
+    path: Path, features: NDArray[Any], labels: list[Any] | None, encoder: dict[str, Any], block_size: int
 ) -> Path:
     """Write the features of loose patches: a complete store without coordinates."""
     check_ours(path)
+    try:
+        return _write_patch_mode(path, features, labels, encoder, block_size)
+    except OSError as e:
+        raise StoreError(f"{path} can't be written ({e}): check the disk and its permissions.") from e
+
+
+def _write_patch_mode(
+    path: Path, features: NDArray[Any], labels: list[Any] | None, encoder: dict[str, Any], block_size: int
+) -> Path:
     if path.exists():
-        shutil.rmtree(path)
+        remove(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     said = {"format": FORMAT, "version": version("dfx"), "status": "running", "encoder": encoder}
     said["created"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -204,6 +252,8 @@ class Features:
     """A complete store, read lazily. `.attrs` is what it says of itself (see README, "The store")."""
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, str | Path):
+            raise CallTypeError(f"a store is given by its path (str or Path), not by {type(path).__name__}.")
         self.path = Path(path)
         attributes = dfx_attributes(self.path)
         if attributes is None:

@@ -44,9 +44,12 @@ def read_mask(path: str | Path) -> NDArray[np.bool_]:
     if path.suffix.lower() == ".npy":
         try:
             return as_mask(np.load(path, allow_pickle=False))
-        except ValueError as e:
-            raise CallError(f"mask {path} can't be read ({e}): {remedy}") from e
-    image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_COLOR)
+        except Exception as e:  # numpy raises ValueError, EOFError, TokenError, MemoryError and more
+            raise CallError(f"mask {path} can't be read ({type(e).__name__}: {e}): {remedy}") from e
+    try:
+        image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as e:
+        raise CallError(f"mask {path} can't be read ({e}): {remedy}") from e
     if image is None:
         raise CallError(f"mask {path} is not an image that can be read: {remedy}")
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) > 0)
@@ -58,6 +61,8 @@ def as_mask(mask: object) -> NDArray[np.bool_]:
         raise CallTypeError(
             f"a mask must be 'tissue', None, an array (H, W) or an image path, not {type(mask).__name__}."
         )
+    if isinstance(mask, np.ma.MaskedArray):
+        mask = mask.filled(0)
     if mask.ndim not in (2, 3) or mask.size == 0 or mask.dtype.kind not in "biuf":
         raise CallError(
             f"a mask array must be a numeric (H, W) or (H, W, C) with at least one pixel, "

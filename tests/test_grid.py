@@ -31,6 +31,7 @@ class Bare:
     mpp: tuple[float, float] | None = (0.25, 0.25)
     power: float | None = 40.0
     tissue: NDArray[np.bool_] | None = None
+    identity: str = "bare"
 
     def view(self, resolution: Any, units: res.Units) -> res.View:
         return res.view(self.downsamples, self.size, resolution, units, mpp=self.mpp, power=self.power, name="bare")

@@ -6,7 +6,6 @@ The numbers are those of its list of defects (28), so that each has a test or a 
 from __future__ import annotations
 
 import inspect
-import logging
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -416,7 +415,7 @@ def test_importing_changes_no_logging_and_no_warnings() -> None:
     code = (
         "import logging, warnings; before = (list(logging.getLogger().handlers), warnings.showwarning);"
         "import dfx, dfx.cli, dfx.encoders.network;"
-        "assert (list(logging.getLogger().handlers), warnings.showwarning) == before"
+        "assert (list(logging.getLogger().handlers), warnings.showwarning) == before;"
+        "assert logging.getLogger('dfx').level == logging.NOTSET"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-    assert logging.getLogger("dfx").level == logging.NOTSET

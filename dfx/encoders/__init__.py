@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dfx.encoders.cards import Card, list_encoders
 from dfx.encoders.spec import EncoderSpec, Triple
 from dfx.errors import CallError, CallTypeError
+from dfx.grid import whole_pair
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,8 +48,8 @@ def load_encoder(
         if weights is not None:
             raise CallError(f"encoder {encoder.name} is loaded already: give weights= to load_encoder, not here.")
         return encoder
-    if isinstance(input_size, int):
-        input_size = (input_size, input_size)
+    if input_size is not None:
+        input_size = whole_pair(input_size, "input_size")
     if weights is not None and not isinstance(weights, str | Path):
         raise CallTypeError(f"weights must be a path, 'random' or None, not {type(weights).__name__}.")
     if isinstance(encoder, str):
@@ -76,11 +77,9 @@ def _module_spec(module: Any, weights: str | Path | None) -> EncoderSpec:
         return network.module_spec(module)
     if weights == "random":
         raise CallError("weights='random' is for named encoders: a module has its weights already.")
-    import copy
-
-    loaded = copy.deepcopy(module)
-    files.load_into(loaded, files.weights_file(weights), type(module).__name__)
-    return network.module_spec(loaded)
+    spec = network.module_spec(module)
+    files.load_into(spec.module, files.weights_file(weights), type(module).__name__)
+    return network.module_spec(spec.module)
 
 
 def check_device(device: object) -> str:

@@ -21,11 +21,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from dfx.encoders import weights as files
+from dfx.encoders.digest import module_digest
 from dfx.encoders.spec import SHARED, EncoderSpec, Kept, Triple
 from dfx.errors import EncoderError
 
 MODULES: Kept[nn.Module] = Kept(8)
 """Networks in main memory, in evaluation mode."""
+GIVEN: weakref.WeakValueDictionary[tuple[str, str], nn.Module] = weakref.WeakValueDictionary()
+"""Modules given in this process; they live as long as the specs, extractors and arrays that hold them."""
 NETWORKS: Kept[Network] = Kept(8)
 """Networks on a device."""
 PROBES: Kept[tuple[int, str]] = Kept(256)
@@ -44,16 +47,17 @@ def timm_spec(name: str, weights: str | Path | None, input_size: tuple[int, int]
     """Describe a timm model by name; finds and hashes its weights, and checks that they fit."""
     import timm
 
-    if not timm.is_model(name):
+    config = None
+    if timm.is_model(name):
+        with contextlib.suppress(RuntimeError):  # an unknown tag of a known architecture
+            config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    if config is None:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise EncoderError(
             f"'{name}' is no encoder that dfx or timm {timm.__version__} knows"
             f"{': did you mean ' + ', '.join(close) + '?' if close else '.'} `dfx encoders` lists names; "
             "a torch.nn.Module of your own can be given instead."
         )
-    config = timm.get_pretrained_cfg(name)
-    if config is None:
-        raise EncoderError(f"timm's '{name}' has no configuration of weights: give a torch.nn.Module instead.")
     if weights == "random":
         source, digest = "random", f"random-{SEED}"
     elif weights is not None:
@@ -70,7 +74,6 @@ def timm_spec(name: str, weights: str | Path | None, input_size: tuple[int, int]
     return EncoderSpec(
         name=name,
         kind="timm",
-        key=f"{name}-{digest[:16]}-{size[0]}x{size[1]}",
         weights=source,
         weights_digest=digest,
         mean=tuple(config.mean),
@@ -82,20 +85,24 @@ def timm_spec(name: str, weights: str | Path | None, input_size: tuple[int, int]
 
 def module_spec(module: nn.Module) -> EncoderSpec:
     """Describe a module and keep a copy of it as it is now; the module itself is left as it is."""
-    digest = files.module_digest(module)
-    key = f"{type(module).__name__}-{digest[:16]}-{os.getpid()}-{_tokens.setdefault(module, next(_counter))}"
     try:
-        own = copy.deepcopy(module).eval()
-    except Exception as e:  # whatever a module's attributes raise
-        raise EncoderError(f"module {type(module).__name__} can't be copied ({e}): make it picklable.") from e
-    MODULES.put(key, own)
-    return EncoderSpec(
+        own = copy.deepcopy(module).to("cpu").eval()
+        digest = module_digest(own)
+    except Exception as e:  # whatever a module's attributes raise; lazy and meta modules have no values
+        raise EncoderError(
+            f"module {type(module).__name__} can't be copied ({type(e).__name__}: {e}): "
+            "initialise its parameters, and hold no locks or open files in it."
+        ) from e
+    spec = EncoderSpec(
         name=type(module).__name__,
         kind="tiatoolbox" if hasattr(module, "infer_batch") else "module",
-        key=key,
         weights="given",
         weights_digest=digest,
+        token=f"{os.getpid()}-{_tokens.setdefault(module, next(_counter))}",
+        module=own,
     )
+    GIVEN[spec.token, digest] = own
+    return spec
 
 
 # From a spec to a network
@@ -103,6 +110,9 @@ def module_spec(module: nn.Module) -> EncoderSpec:
 
 def module_of(spec: EncoderSpec) -> nn.Module:
     """Give a spec's network in main memory, building it the first time."""
+    given = GIVEN.get((spec.token, spec.weights_digest))
+    if given is not None:
+        return given
     return MODULES.get(spec.key, lambda: build_timm(spec) if spec.kind == "timm" else unpickle(spec))
 
 
@@ -128,7 +138,13 @@ def timm_model(spec: EncoderSpec) -> nn.Module:
     config = timm.get_pretrained_cfg(spec.name)
     sized = {"img_size": spec.input_size} if config.fixed_input_size else {}
     pooled = {"global_pool": {"cls": "token", "mean": "avg"}[spec.pooling]} if spec.pooling in ("cls", "mean") else {}
-    module: nn.Module = timm.create_model(spec.name, pretrained=False, num_classes=0, **sized, **pooled)
+    try:
+        module: nn.Module = timm.create_model(spec.name, pretrained=False, num_classes=0, **sized, **pooled)
+    except (AssertionError, TypeError, ValueError, RuntimeError) as e:
+        raise EncoderError(
+            f"timm can't build '{spec.name}' with input_size={spec.input_size} and pooling={spec.pooling!r} "
+            f"({type(e).__name__}: {e}): leave out what it does not take."
+        ) from e
     return module.eval()
 
 
@@ -278,13 +294,12 @@ def rows_of(out: Any, n: int, name: str) -> torch.Tensor:
     """Give what `infer_batch` returned, an array or a list of them, as one row a patch."""
     if isinstance(out, list | tuple):
         heads = [torch.as_tensor(part) for part in out]
-        is_batch = (
-            bool(heads)
-            and heads[0].ndim > 0
-            and heads[0].shape[0] == n
-            and not (n == len(heads) == 1 and heads[0].ndim == 1)
-        )
-        out = heads[0] if is_batch else torch.stack(heads) if len(heads) == n else None
+        if heads and heads[0].ndim > 1 and heads[0].shape[0] == n:
+            out = heads[0]  # one array for the batch, or one a head of the network
+        elif len(heads) == n:
+            out = torch.stack(heads)  # one vector a patch
+        else:
+            out = heads[0] if heads else None
     elif isinstance(out, np.ndarray | torch.Tensor):
         out = torch.as_tensor(out)
     else:
@@ -304,6 +319,8 @@ def pool(out: Any, spec: EncoderSpec, n: int) -> torch.Tensor:
         out = {"cls": cls, "mean": out.mean(1), "cls+mean": torch.cat([cls, mean], 1)}[spec.pooling]
     elif isinstance(out, torch.Tensor) and out.ndim == 4 and spec.pooling == "mean":
         out = out.mean((2, 3))
+    elif isinstance(out, torch.Tensor) and out.ndim == 2 and spec.pooling and spec.kind != "timm":
+        raise EncoderError(f"encoder {spec.name} gives (N, D) itself: leave out pooling={spec.pooling!r}.")
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or out.shape[0] != n:
         found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
         raise EncoderError(
@@ -316,6 +333,8 @@ def pool(out: Any, spec: EncoderSpec, n: int) -> torch.Tensor:
 
 def to_numpy(out: torch.Tensor) -> NDArray[np.floating[Any]]:
     """Bring features to main memory as numpy; bfloat16 and integers become float32."""
+    if out.is_complex():
+        raise EncoderError(f"features must be real numbers, not {out.dtype}: give their parts as columns.")
     if out.dtype not in (torch.float16, torch.float32, torch.float64):
         out = out.float()
     found: NDArray[np.floating[Any]] = out.cpu().numpy()

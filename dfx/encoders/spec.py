@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from dfx.errors import CallError
@@ -24,8 +25,6 @@ class EncoderSpec:
     """Its name, or the class of a module."""
     kind: Literal["timm", "module", "tiatoolbox"]
     """A timm model by name, a given torch module, or a module with TIAToolbox's `infer_batch`."""
-    key: str
-    """Under which a process keeps it."""
     weights: str
     """"random", "given" with a module, a local file, or `hub:<repository>/<file>`."""
     weights_digest: str
@@ -42,6 +41,26 @@ class EncoderSpec:
     """How tokens or maps become a vector; None: the network gives (N, D) itself."""
     precision: Precision = "float32"
     """In which the network computes."""
+    token: str = ""
+    """Tells given modules apart that seem equal."""
+    module: Any = field(default=None, repr=False, compare=False)
+    """A given module, in the process that it was given to; kept alive by what uses it, never pickled."""
+
+    @property
+    def key(self) -> str:
+        """Under which a process keeps the network: all that its layers depend on."""
+        size = "x".join(map(str, self.input_size or ()))
+        return f"{self.name}-{self.weights_digest[:16]}-{size}-{self.pooling}-{self.token}"
+
+    def values(self) -> tuple[Any, ...]:
+        """Its fields but the module, in order."""
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name != "module")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EncoderSpec, self.values()
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return "dfx.EncoderSpec", self.values()
 
     def describe(self) -> dict[str, Any]:
         """What of it goes into a store, as JSON values: equal exactly when features should be."""
@@ -73,6 +92,15 @@ class EncoderSpec:
             raise CallError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}.")
         if pooling is not None and pooling not in POOLINGS:
             raise CallError(f"pooling must be one of {', '.join(POOLINGS)} or None, not {pooling!r}.")
+        if self.kind == "timm" and pooling == "cls+mean":
+            raise CallError(
+                "pooling='cls+mean' is for modules that give tokens; a named encoder takes 'cls' or 'mean'."
+            )
+        if self.kind == "tiatoolbox" and any(v is not None for v in (mean, std, input_size, pooling, precision)):
+            raise CallError(
+                f"{self.name} has infer_batch and prepares patches by itself: give no mean, std, input_size, "
+                "pooling or precision, or wrap its layers in a module without infer_batch."
+            )
         given = {
             "mean": triple(mean, "mean"),
             "std": triple(std, "std"),
@@ -91,8 +119,8 @@ def triple(value: Any, name: str) -> Triple | None:
         r, g, b = (float(v) for v in value)
     except (TypeError, ValueError):
         raise CallError(f"{name} must be three numbers (R, G, B) for pixels in [0, 1], not {value!r}.") from None
-    if name == "std" and min(r, g, b) <= 0:
-        raise CallError(f"std must be above 0, not {value!r}.")
+    if not all(map(math.isfinite, (r, g, b))) or (name == "std" and min(r, g, b) <= 0):
+        raise CallError(f"{name} must be finite{' and above 0' if name == 'std' else ''}, not {value!r}.")
     return r, g, b
 
 

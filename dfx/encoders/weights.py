@@ -6,7 +6,6 @@ import hashlib
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,7 +27,7 @@ def file_digest(path: Path) -> str:
 
 def weights_file(path: str | Path) -> Path:
     """Give a weights path made absolute; raises `EncoderError` when there is no such file."""
-    found = Path(path).expanduser().absolute()
+    found = Path(os.path.expanduser(path)).absolute()  # noqa: PTH111  # which leaves an unknown user's ~ alone
     if not found.is_file():
         raise EncoderError(
             f"weights {found} are not a file: give a .safetensors file or a state dict (.pt, .pth, .bin)."
@@ -106,7 +105,10 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
             break
-    if not isinstance(found, dict) or not found or not all(isinstance(v, torch.Tensor) for v in found.values()):
+    tensors = isinstance(found, dict) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
+    )
+    if not tensors or not found:
         raise EncoderError(f"weights {path} hold no state dict (names and tensors): save module.state_dict() alone.")
     if all(name.startswith("module.") for name in found):  # saved from DataParallel
         found = {name.removeprefix("module."): value for name, value in found.items()}
@@ -149,32 +151,3 @@ def classifiers(module: nn.Module) -> list[str]:
     head = config.get("classifier")
     heads = [head] if isinstance(head, str) else list(head or ())
     return [*heads, "head_dist"] if heads == ["head"] else heads
-
-
-def module_digest(module: nn.Module) -> str:
-    """SHA-256 of what a module computes with: its structure, parameters, buffers and plain attributes."""
-    digest = hashlib.sha256()
-    for part in (*_structure(module), *_tensors(module)):
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _structure(module: nn.Module) -> Iterator[bytes]:
-    yield repr(module).encode()
-    for name, child in module.named_modules():
-        kind = type(child)
-        plain = {
-            key: value
-            for key, value in vars(child).items()
-            if not key.startswith("_")
-            and key != "training"
-            and isinstance(value, bool | int | float | str | tuple | None)
-        }
-        yield f"{name} {kind.__module__}.{kind.__qualname__} {sorted(plain.items())}".encode()
-
-
-def _tensors(module: nn.Module) -> Iterator[bytes]:
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        value = tensor.detach().cpu().contiguous()
-        yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
-        yield value.flatten().view(torch.uint8).numpy().tobytes() if value.numel() else b""

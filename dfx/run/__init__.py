@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 import warnings
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+LONGEST = 120
+"""Bytes of a slide's stem that go into a name; file systems take 255 with what is added."""
 
 
 @dataclass(frozen=True)
@@ -107,22 +111,26 @@ def run_slides(
                 if in_memory and memory.fits(plan.nbytes, memory_threshold):
                     yield Job.in_memory(item, plan)
                 else:
-                    path = (save_dir or result.make_cache()) / names[item.given]
+                    path = (save_dir or result.make_cache()) / names[item.identity]
                     yield Job.on_disk(item, plan, path, overwrite=overwrite)
             except DfxError as e:
                 yield SlideFailed(item, e)
             except Exception as e:  # one bad slide, whatever it raises, never ends a run
-                log.exception("planning %s", item.address)
+                log.debug("planning %s", item.address, exc_info=True)
                 yield SlideFailed(item, SlideError(f"{item.address} can't be planned ({type(e).__name__}: {e})."))
 
     cluster.share(encoder, client)
+    outputs: dict[Any, Any] = {}
     for event in drive(client, jobs()):
         if isinstance(event, SlideDone):
-            result[event.item.given] = in_arrays(event) if in_memory else event.output
+            outputs[event.item.identity] = in_arrays(event) if in_memory else event.output
         elif isinstance(event, SlideFailed):
-            result.failures[event.item.given] = event.error
+            result.failures.update(dict.fromkeys(event.item.given, event.error))
             log.warning("%s failed: %s", event.item.address, event.error)
         notify(event)
+    for item in items:  # in the order given, whichever was done first
+        if item.identity in outputs:
+            result.update(dict.fromkeys(item.given, outputs[item.identity]))
     return result
 
 
@@ -152,39 +160,41 @@ def in_arrays(event: SlideDone) -> dict[str, Any]:
 
 
 def output_names(items: Sequence[Item]) -> dict[Any, str]:
-    """Name each slide's store: its stem, with as much more as makes it unique in the run.
+    """Name each slide's store, by `Item.identity`: its stem, with as much more as makes it unique in the run.
 
     A name depends on the inputs alone, never on their order, so that a second run finds the first's.
     """
 
     def names(item: Item) -> Iterator[str]:
         path = Path(item.address)
-        digest = hashlib.sha256(f"{path} {item.mpp} {item.power}".encode()).hexdigest()[:8]
+        digest = hashlib.sha256(os.fsencode(path) + repr(item.overrides).encode()).hexdigest()[:8]
         ending = path.suffix.lstrip(".").lower()
-        yield path.stem
-        yield f"{path.stem}-{ending}"
-        yield f"{path.stem}-{path.parent.name}"
-        yield f"{path.stem}-{path.parent.name}-{ending}-{digest}"
+        stem = os.fsencode(path.stem).decode("utf-8", "replace")
+        if len(os.fsencode(path.stem)) > LONGEST or "\ufffd" in stem:  # what zarr and file systems take
+            stem = f"{stem.encode()[:LONGEST].decode('utf-8', 'ignore')}-{digest}"
+        yield stem
+        yield f"{stem}-{ending}"
+        yield f"{stem}-{path.parent.name[-80:]}"
+        yield f"{stem}-{digest}"
 
-    candidates = {item.given: list(names(item)) for item in items}
-    chosen = {given: 0 for given in candidates}
+    candidates = {item.identity: list(names(item)) for item in items}
+    chosen = dict.fromkeys(candidates, 0)
     while True:
         groups: dict[str, list[Any]] = {}
-        for given, n in chosen.items():
-            groups.setdefault(candidates[given][n].casefold(), []).append(given)
+        for identity, n in chosen.items():
+            groups.setdefault(candidates[identity][n].casefold(), []).append(identity)
         clashes = [group for group in groups.values() if len(group) > 1]
-        movable = [given for group in clashes for given in group if chosen[given] + 1 < len(candidates[given])]
+        movable = [i for group in clashes for i in group if chosen[i] + 1 < len(candidates[i])]
         if not movable:
-            break
-        for given in movable:
-            chosen[given] += 1
-    return {given: f"{candidates[given][n]}.zarr" for given, n in chosen.items()}
+            return {identity: f"{candidates[identity][n]}.zarr" for identity, n in chosen.items()}
+        for identity in movable:
+            chosen[identity] += 1
 
 
 def raise_failures(result: RunResult, on_error: Literal["raise", "skip"]) -> RunResult:
     """Give the result, or raise one `RunError` that lists what failed."""
     if not result.failures or on_error == "skip":
         return result
-    lines = [f"  {error}" for error in result.failures.values()]  # each names its slide or store
+    lines = [f"  {error}" for error in dict.fromkeys(result.failures.values())]  # each names its slide or store
     count = f"{len(lines)} of {len(lines) + len(result)} slides failed, the others are done"
     raise RunError("\n".join([f"{count}:", *lines]), result)

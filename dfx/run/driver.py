@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 
 import distributed
 import numpy as np
 
-from dfx.errors import DfxError, SlideError, StoreError
+from dfx.errors import DfxError, RunError, SlideError, StoreError
 from dfx.run.job import BlockDone, Event, Job, Planned, SlideFailed
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 60
+"""Seconds that a run waits for a cluster to have any worker."""
 WINDOW = 3
 """Blocks submitted and unfinished, for each thread of the cluster."""
 
@@ -50,7 +53,7 @@ def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iter
                 finished.add(future)
         if not flying:
             return
-        future = next(finished)
+        future = next_finished(client, finished)
         job, block = flying.pop(future)
         if job.failed:
             continue
@@ -68,6 +71,24 @@ def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iter
         yield BlockDone(job.item, rows.stop - rows.start)
         if not job.unfinished:
             yield job.finish()
+
+
+def next_finished(client: distributed.Client, finished: distributed.as_completed) -> distributed.Future:
+    """Wait for a block; raises `RunError` when the cluster has had no worker for `PATIENCE` seconds."""
+    alone = time.monotonic()
+    while not finished.has_ready():
+        time.sleep(0.002)
+        if time.monotonic() - alone > 1 and client.nthreads():
+            alone = time.monotonic()
+        if client.status != "running":
+            raise RunError(f"client {client.id} is {client.status}: connect again; running again resumes.")
+        if time.monotonic() - alone > PATIENCE:
+            raise RunError(
+                f"the cluster at {client.scheduler.address} has had no worker for {PATIENCE} seconds: "
+                "start workers; running again resumes."
+            )
+    future: distributed.Future = next(finished)
+    return future
 
 
 def remaining(job: Job) -> int:

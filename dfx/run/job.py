@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,8 +22,8 @@ from dfx.store import Store
 class Item:
     """One slide of a run, as the user gave it."""
 
-    given: Any
-    """The key of the result."""
+    given: tuple[Any, ...]
+    """The keys of the result: the slide as the user gave it, in each way that it was given."""
     slide: str | Path | Slide
     """What is opened, or is open already."""
     mask: Any = "tissue"
@@ -36,12 +37,26 @@ class Item:
 
     def open(self) -> Slide:
         """Open the slide; raises `SlideError`."""
-        return self.slide if isinstance(self.slide, Slide) else open_slide(self.slide, mpp=self.mpp, power=self.power)
+        if isinstance(self.slide, Slide) and self.overrides == self.slide.overrides:
+            return self.slide
+        mpp, power = self.overrides
+        return open_slide(self.address, mpp=mpp, power=power)
+
+    @property
+    def overrides(self) -> tuple[Any, Any]:
+        """Mpp and power that go before the file's: the run's, else those that the slide was opened with."""
+        own = self.slide.overrides if isinstance(self.slide, Slide) else (None, None)
+        return self.mpp or own[0], self.power or own[1]
 
     @property
     def address(self) -> str:
         """Where the slide lies."""
-        return self.slide.url if isinstance(self.slide, Slide) else str(Path(self.slide).absolute())
+        return self.slide.url if isinstance(self.slide, Slide) else os.path.abspath(self.slide)  # noqa: PTH100
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for the same file read the same way."""
+        return self.address, *self.overrides
 
 
 @dataclass(eq=False)
@@ -80,7 +95,7 @@ class Job:
         except OSError as e:
             raise StoreError(f"{path} can't be written ({e}): check the disk and its permissions.") from e
         lazy = arrays.written(arrays.lazy_features(plan), store.features) if len(plan.grid) else da.empty((0,))
-        return cls(item, plan, lazy, [] if store.complete else store.missing(), store=store)
+        return cls(item, plan, lazy, store.missing(), store=store)
 
     def take(self, most: int) -> list[int]:
         """Take the next run of neighbouring blocks, `most` at a time."""

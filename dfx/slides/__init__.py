@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dfx.errors import CallTypeError, SlideError
-from dfx.resolution import pair
+from dfx.resolution import one, pair
 from dfx.slides.slide import Level, Slide
 from dfx.slides.tiff import open_tiff
 
@@ -33,6 +33,6 @@ def open_slide(
     return open_tiff(
         str(url),
         mpp=None if mpp is None else pair(mpp, "mpp"),
-        power=None if power is None else pair(power, "power")[0],
+        power=None if power is None else one(power, "power"),
         storage_options=storage_options,
     )

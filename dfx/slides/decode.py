@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import cv2
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
 from dfx.slides.slide import Colour, Decode
 
 JPEG, JPEG2000, JPEGXR = (6, 7), (33003, 33004, 33005, 34712), (22610, 34934)
+UNFRAMED: dict[int, Callable[..., bytes | bytearray]] = {5: imagecodecs.lzw_decode, 32773: imagecodecs.packbits_decode}
+"""Codecs whose data, cut short, decode to less without an error; tifffile fills the rest with 0."""
 YCC_TO_RGB = np.array([[1, 0, 1.402, -179.456], [1, -0.344136, -0.714136, 135.458816], [1, 1.772, 0, -226.816]])
 """ITU-T T.871 (JFIF), full range."""
 
@@ -47,11 +50,16 @@ def decoder(page: Any, keyframe: Any, base: int) -> Decode:
     elif photometric == 3:
         after = Palette(np.asarray(keyframe.colormap))
     # These codecs' libraries fill what is missing of a cut tile without an error; NDPI's pieces have no end mark.
-    complete = None
+    complete: Callable[[bytes], bool] | None = None
     if compression in (*JPEG, *JPEG2000) and not header:
         complete = has_end_mark
     elif compression in JPEGXR:
         complete = has_all_of_jpegxr
+    elif compression in UNFRAMED:
+        shortest = samples_of(keyframe)
+
+        def complete(data: bytes) -> bool:
+            return len(UNFRAMED[compression](data)) >= shortest
 
     def decode_tile(data: bytes, index: int) -> NDArray[Any]:
         if complete and not complete(data):
@@ -61,6 +69,14 @@ def decoder(page: Any, keyframe: Any, base: int) -> Decode:
         return after(tile, data) if after else tile
 
     return decode_tile
+
+
+def samples_of(keyframe: Any) -> int:
+    """Bytes that a tile or the shortest strip decodes to."""
+    samples = keyframe.samplesperpixel if keyframe.planarconfig == 1 else 1
+    rows = keyframe.imagelength % keyframe.rowsperstrip or keyframe.rowsperstrip if not keyframe.is_tiled else 0
+    pixels = keyframe.tilelength * keyframe.tilewidth if keyframe.is_tiled else rows * keyframe.imagewidth
+    return int(pixels * samples * keyframe.bitspersample // 8)
 
 
 def has_end_mark(data: bytes) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx import resolution as res
-from dfx.errors import ResolutionError, SlideError
+from dfx.errors import CallTypeError, ResolutionError, SlideError
 from dfx.slides.source import ByteSource, Opened
 from dfx.tissue import tissue_mask
 
@@ -145,6 +145,8 @@ class Slide:
 
         Chunks are whole tiles, about 2,048 pixels a side (whole strips where there are no tiles).
         """
+        if isinstance(n, bool) or not isinstance(n, int | np.integer):
+            raise CallTypeError(f"a level is a whole number, not {n!r}.")
         if not 0 <= n < len(self.levels):
             raise ResolutionError(f"{self.url} has levels 0 to {len(self.levels) - 1}, so level {n!r} can't be read.")
         level = self.levels[n]
@@ -234,7 +236,7 @@ class Slide:
 
     def thumbnail(self, max_size: int = 1024) -> NDArray[np.uint8]:
         """Give the whole slide as uint8 RGB (rows, columns, 3), its longer side at most `max_size`."""
-        scale = min(1.0, max_size / max(self.dimensions))
+        scale = min(1.0, res.one(max_size, "max_size") / max(self.dimensions))
         return self.picture(self.view(scale, "baseline"))
 
     def picture(self, view: res.View) -> NDArray[np.uint8]:

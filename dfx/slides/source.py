@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -72,10 +73,16 @@ def open_source(url: str, storage_options: Mapping[str, Any] | None = None) -> B
             "copy the slide, or mount the bucket."
         )
     path = Path(rest if found else url)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise SlideError(f"{path} does not exist: check the path.") from None
+    except (OSError, ValueError) as e:
+        raise SlideError(f"{path} can't be opened ({e}): check the path and its permissions.") from e
+    if stat.S_ISDIR(mode):
         raise SlideError(f"{path} is a folder, not a slide: give the slide's file.")
-    if not path.exists():
-        raise SlideError(f"{path} does not exist: check the path.")
+    if not stat.S_ISREG(mode):
+        raise SlideError(f"{path} is a pipe or device, not a file: give the slide's file.")
     return LocalFile(path.absolute())
 
 
