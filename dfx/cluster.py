@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import dask
 import distributed
 from dask.system import CPU_COUNT
 from distributed.metrics import context_meter
@@ -44,7 +45,10 @@ def embedded(threads: int = 0) -> Iterator[distributed.Client]:
     limit is off: it would pause the worker for what else the process holds, and never wake it
     (distributed#5999).
     """
+    # Without bokeh, a scheduler appends to this list in place, and so to the caller's configuration.
+    routes = list(dask.config.get("distributed.scheduler.http.routes"))
     with (
+        dask.config.set({"distributed.scheduler.http.routes": routes}),
         distributed.LocalCluster(
             n_workers=1,
             threads_per_worker=threads or CPU_COUNT,
