@@ -10,9 +10,15 @@ import pytest
 from numpy.typing import NDArray
 
 import dfx
+from dfx.slides.slide import TILES
 from dfx.slides.synthetic import write_slide
 
 DATA = Path(os.environ.get("DFX_TEST_DATA", Path(__file__).parents[2] / "shared")).absolute()
+
+
+@pytest.fixture(autouse=True)
+def _no_tiles_of_other_tests() -> None:
+    TILES.clear()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import dfx
 from dfx import reader
 from dfx.resolution import Units
-from dfx.slides.slide import Slide
+from dfx.slides.slide import Slide, Tiles
 
 SLIDES: dict[Any, tuple[dfx.Slide, list[NDArray[np.uint8]]]] = {}
 
@@ -128,6 +128,41 @@ def test_each_tile_is_decoded_once_in_a_sub_block(slide: dfx.Slide, monkeypatch:
     origins = grid.coordinates[: reader.MOST_PATCHES, :2]
     reader.read_patches(slide, grid.view, origins, (64, 64))
     assert len(calls) == len(set(calls)) > 0
+
+
+@pytest.fixture(scope="module")
+def large_slide(tmp_path_factory: pytest.TempPathFactory) -> dfx.Slide:
+    """12 x 12 blocks of 256 patches at half their stride; tiles are small to keep it quick."""
+    path = tmp_path_factory.mktemp("large") / "large.tif"
+    image = np.zeros((2048, 2048, 3), np.uint8)
+    tifffile.imwrite(path, image, tile=(32, 32), photometric="rgb", compression="zlib", metadata=None)
+    return dfx.open_slide(path, mpp=0.25)
+
+
+@pytest.mark.parametrize(("shape", "stride", "most"), [(28, 28, 1.1), (56, 28, 1.3), (28, 14, 1.3)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tiles_that_blocks_share_are_decoded_once_over_the_slide(
+    shape: int, stride: int, most: float, threads: int, large_slide: dfx.Slide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dfx.slides.slide.TILES", Tiles(2 * 2**20))  # as many of these tiles as 64 MiB has of 256 px
+    calls = counted(large_slide, monkeypatch)
+    grid = dfx.PatchGrid.over(large_slide, shape=shape, stride=stride, resolution=0.25, mask=None)
+    dfx.patches(large_slide, grid).max(axis=(1, 2, 3)).compute(scheduler="threads", num_workers=threads)
+    assert len(set(calls)) == 64 * 64
+    assert len(calls) <= most * 64 * 64
+
+
+def test_kept_tiles_are_bounded_in_bytes() -> None:
+    tiles = Tiles(1000)
+    for i in range(100):
+        tiles.put(i, np.zeros(90, np.uint8))
+        tiles.put(i, np.zeros(90, np.uint8))
+    assert tiles.get(0) is None
+    assert sum(tiles.get(i) is not None for i in range(100)) == 11
+    tiles.put("large", np.zeros(300, np.uint8))
+    assert tiles.get("large") is None
+    tiles.clear()
+    assert tiles.get(99) is None
 
 
 def test_only_the_tiles_under_patches_are_decoded(slide: dfx.Slide, monkeypatch: pytest.MonkeyPatch) -> None:

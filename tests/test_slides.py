@@ -354,6 +354,23 @@ def test_a_slide_that_changed_is_not_read_on(made_slide: Path, tmp_path: Path) -
         pickle.loads(data)
 
 
+def test_a_file_that_differs_in_its_middle_only_is_not_taken_for_the_other(made_slide: Path, tmp_path: Path) -> None:
+    whole = dfx.open_slide(made_slide)
+    part = whole.levels[0].parts[0]
+    pixels = decoded(whole, 0)
+    data = bytearray(made_slide.read_bytes())
+    (one, two), counts = part.offsets[0, 2, 2:4].tolist(), part.counts[0, 2, 2:4].tolist()
+    assert min(one, two) > 65_536
+    assert max(one, two) + max(counts) < len(data) - 65_536
+    data[one : one + counts[0]] = bytes(counts[0])
+    (tmp_path / "other.svs").write_bytes(data)
+    other = dfx.open_slide(tmp_path / "other.svs")
+    assert other.identity == whole.identity  # so nothing that was read may be known by that
+    with pytest.raises(SlideError, match="tile 16"):
+        decoded(other, 0)
+    assert np.array_equal(decoded(whole, 0), pixels)
+
+
 def test_threads_share_a_slide_and_read_the_right_bytes(slide: dfx.Slide, made_pixels: NDArray[np.uint8]) -> None:
     rng = np.random.default_rng(0)
     corners = rng.integers(0, [1100, 1400], (300, 2)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -23,6 +24,46 @@ OPENED = Opened()
 COMMON_POWERS = (1, 1.25, 2, 2.5, 4, 5, 10, 20, 40, 60, 90, 100)
 MOST_THUMBNAIL_PIXELS = 2**26
 """Larger levels are averaged to a thumbnail band by band, in bounded memory."""
+
+
+class Tiles:
+    """The tiles that this process decoded last: bounded in bytes, locked, clearable.
+
+    Neighbouring sub-blocks and blocks share the tiles on their border, and so do patches that
+    overlap; threads that work on neighbouring blocks find each other's.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+        self._lock = threading.Lock()
+        self._tiles: dict[Any, NDArray[Any]] = {}
+
+    def get(self, key: Any) -> NDArray[Any] | None:
+        """Give a tile, or None."""
+        return self._tiles.get(key)
+
+    def put(self, key: Any, tile: NDArray[Any]) -> None:
+        """Keep a tile; the oldest beyond the bound go."""
+        size = tile.nbytes
+        if size > self._most // 4:
+            return
+        with self._lock:
+            if key in self._tiles:
+                return
+            self._tiles[key] = tile
+            self._held += size
+            while self._held > self._most:
+                self._held -= self._tiles.pop(next(iter(self._tiles))).nbytes
+
+    def clear(self) -> None:
+        """Forget every tile."""
+        with self._lock:
+            self._tiles.clear()
+            self._held = 0
+
+
+TILES = Tiles(64 * 2**20)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +221,7 @@ class Slide:
         level, decoded = self.levels[n], 0
         if rgb:
             self.check_picture(n)
-        for part in level.parts:
+        for p, part in enumerate(level.parts):
             th, tw = part.tile_yx
             rows, columns = part.offsets.shape[1:]
             local = boxes - np.tile(part.origin_yx, 2)
@@ -190,16 +231,18 @@ class Slide:
             for (r0, c0), (r1, c1) in zip(low.tolist(), high.tolist(), strict=True):
                 wanted[r0:r1, c0:c1] = True
             wanted &= (part.counts > 0).all(axis=0) & (part.offsets > 0).all(axis=0)
-            found = np.argwhere(wanted).tolist()
-            for r, c in found:
-                tile = self._decode(n, part, r, c)
-                if rgb:
-                    tile = as_rgb(tile, level.colour)
+            for r, c in np.argwhere(wanted).tolist():
+                key = self.source.serial, n, p, r, c, rgb
+                tile = TILES.get(key)
+                if tile is None:
+                    tile = self._decode(n, part, r, c)
+                    tile = as_rgb(tile, level.colour) if rgb else tile
+                    TILES.put(key, tile)
+                    decoded += 1
                 top, left = part.origin_yx[0] + r * th, part.origin_yx[1] + c * tw
                 bottom = min(top + th, part.origin_yx[0] + part.shape_yx[0])
                 right = min(left + tw, part.origin_yx[1] + part.shape_yx[1])
                 paste(canvas, origin_yx, tile[: bottom - top, : right - left], (top, left))
-            decoded += len(found)
         return decoded
 
     def _decode(self, n: int, part: TileGrid, row: int, column: int) -> NDArray[Any]:

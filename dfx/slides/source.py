@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import stat
 import threading
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 from dfx.errors import SlideError
 
 PROBE = 64 * 1024
+_serials = itertools.count()
 
 
 class ByteSource(Protocol):
@@ -21,6 +23,8 @@ class ByteSource(Protocol):
 
     url: str
     size: int
+    serial: int
+    """Tells this opening of a file from every other in the process: what was read through it is known by it."""
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Give the bytes of each (offset, count), whole; raises `SlideError` when some are missing."""
@@ -42,6 +46,7 @@ class LocalFile:
             raise SlideError(f"{path} can't be opened: {e.strerror}. Check the path and its permissions.") from e
         self._finalizer = weakref.finalize(self, os.close, self._fd)
         self.size = os.fstat(self._fd).st_size
+        self.serial = next(_serials)
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Give the bytes of each (offset, count), whole."""
