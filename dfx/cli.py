@@ -6,8 +6,10 @@ import argparse
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from typing import Any
 
 from dfx.errors import CallError, DfxError, RunError
@@ -22,8 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     args = parser().parse_args(argv)
     try:
-        return int(args.command(args))
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"dfx: warning: {message}", file=sys.stderr)
+            return int(args.command(args))
     except RunError as e:
+        for store in (e.result or {}).values():
+            print(store)
         print(f"dfx: {e}", file=sys.stderr)
         return FAILURES
     except DfxError as e:
@@ -36,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Describe the commands."""
-    top = argparse.ArgumentParser(prog="dfx", description="Deep features of whole-slide images.")
+    top = argparse.ArgumentParser(
+        prog="dfx",
+        description="Deep features of whole-slide images.",
+        epilog="dfx extract *.svs --encoder resnet50 --resolution 0.5 --units mpp --patch 224 --out features",
+    )
+    top.add_argument("--version", action="version", version=f"dfx {version('dfx')}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     p = commands.add_parser("extract", help="extract the features of slides into zarr stores; resumes by itself")
@@ -49,7 +60,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--patch", required=True, type=int, metavar="N", help="rows and columns of a patch")
     p.add_argument("--stride", type=int, metavar="N", help="from one patch to the next (default: the patch)")
     p.add_argument(
-        "--mask", default="tissue", metavar="tissue|none|PATH", help="which patches are kept (default: tissue)"
+        "--mask",
+        default="tissue",
+        metavar="tissue|none|PATH",
+        help="which patches are kept (default: tissue); a file is one slide's",
     )
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
@@ -57,11 +71,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask cluster (default: one inside this process)")
     p.add_argument("--overwrite", action="store_true", help="replace stores of another plan")
     p.add_argument(
-        "--on-error", choices=["skip", "raise"], default="raise", help="exit with 1, or 0, when slides failed"
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help="exit with 1 (raise) or 0 (skip) when slides failed",
     )
     p.add_argument("--device", default="auto", metavar="D", help="torch device of the workers (default: auto)")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="patches a forward pass (default: 64)")
-    p.add_argument("--memory-threshold", type=float, default=80, metavar="P", help="percent of memory (default: 80)")
+    p.add_argument(
+        "--memory-threshold", type=float, default=80, metavar="P", help="percent of memory to stay below (default: 80)"
+    )
     p.add_argument("--storage-options", type=json.loads, metavar="JSON", help="options of the file systems")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -91,6 +110,10 @@ def extract(args: argparse.Namespace) -> int:
 
     if args.storage_options is not None and not isinstance(args.storage_options, dict):
         raise CallError("--storage-options must be a JSON object.")
+    if args.mask not in ("tissue", "none") and len(args.slides) > 1:
+        raise CallError(
+            f"--mask {args.mask} is one slide's mask, but there are {len(args.slides)} slides: run each alone."
+        )
     resolution = int(args.resolution) if args.units == "level" and args.resolution.is_integer() else args.resolution
     masks: list[Any] | None = None if args.mask in ("tissue", "none") else [args.mask] * len(args.slides)
     given = {"mpp": args.slide_mpp, "power": args.slide_power}

@@ -51,6 +51,9 @@ class DeepFeatureExtractor:
         self.num_workers = check_workers(num_workers)
         self.verbose = bool(verbose)
 
+    def __repr__(self) -> str:
+        return f"DeepFeatureExtractor({self.encoder.name}, {self.options.device}, batch_size={self.options.batch_size})"
+
     def run(
         self,
         images: Sequence[Any] | NDArray[Any],
@@ -90,7 +93,7 @@ class DeepFeatureExtractor:
         (N, rows, columns, 3) array, a list of arrays or of image files; gives {"features", "labels"}
         or the store's path.
 
-        - `input_resolutions`: `[{"resolution": 0.5, "units": "mpp"}]`, units mpp, power, level or
+        - `input_resolutions`: `[{"resolution": 0.5, "units": "mpp"}]` (the first is read), units mpp, power, level or
           baseline; `patch_input_shape`, `stride_shape` (default: the patch): (rows, columns) there.
           `ioconfig`, an object or mapping with these three, goes before them.
         - `masks`: one a slide, None, an array, an image path or a `Slide`; without one, `auto_get_mask` finds

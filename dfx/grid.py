@@ -177,6 +177,10 @@ class PatchGrid:
     def __len__(self) -> int:
         return len(self.steps_xy)
 
+    def __repr__(self) -> str:
+        view, (h, w) = self.view, self.shape_yx
+        return f"PatchGrid({len(self)} patches of {h} x {w} at {view.resolution} {view.units}, stride {self.stride_yx})"
+
     def origins(self, steps_xy: NDArray[Any]) -> NDArray[np.int64]:
         """Top left corners, int64 (n, 2) as (x, y) at the requested resolution."""
         return np.asarray(steps_xy.astype(np.int64) * np.array(self.stride_yx[::-1]))

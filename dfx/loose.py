@@ -95,7 +95,9 @@ def read_image(path: str) -> NDArray[np.uint8]:
             image = None if decoded is None else cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
     except Exception as e:  # numpy and OpenCV raise many kinds
         raise SlideError(f"{path} can't be read as an image ({e}).") from e
-    if image is None or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if image is None:
+        raise SlideError(f"{path} can't be read as an image: it is damaged or of another kind.")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise SlideError(f"{path} is no 8-bit RGB image: convert it.")
     return np.asarray(image)
 

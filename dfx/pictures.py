@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from dfx.errors import CallError, StoreError
+from dfx.errors import CallError, SlideError, StoreError
 from dfx.slides import Slide, open_slide
 from dfx.store import Features
 
@@ -44,6 +44,8 @@ def overview(store: Features, slide: Slide | None = None, max_size: int = 900) -
     uint8 RGB. `slide`: None opens the one that the store names; raises `SlideError` when it is gone.
     """
     slide = slide or stored_slide(store)
+    if slide.identity != store.attrs.get("fingerprint", {}).get("slide"):
+        raise CallError(f"{store.path} was not made from {slide.url}: give the slide of {store.attrs['slide']['url']}.")
     thumbnail = slide.thumbnail(max_size)
     boxes = (
         store.to_baseline() * (np.array(thumbnail.shape[1::-1]) / slide.dimensions).repeat(2).reshape(2, 2).T.ravel()
@@ -87,6 +89,8 @@ def stored_slide(store: Features) -> Slide:
     said = store.attrs.get("slide")
     if said is None:
         raise StoreError(f"{store.path} holds loose patches, which have no slide to show.")
+    if not Path(said["url"]).exists():
+        raise SlideError(f"{said['url']} does not exist any more: say where the slide is now with slide= (--slide).")
     return open_slide(said["url"], mpp=None if said["mpp"] is None else tuple(said["mpp"]), power=said["power"])
 
 

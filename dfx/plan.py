@@ -125,13 +125,19 @@ class Plan:
 def differences(stored: dict[str, Any], planned: dict[str, Any]) -> list[str]:
     """Name the fields in which two fingerprints differ, with both values."""
     found = []
-    for name in sorted(stored.keys() | planned.keys()):
+    for name in [*planned, *sorted(stored.keys() - planned.keys())]:
         old, new = stored.get(name), planned.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found += [f"{name} {line}" for line in differences(old, new)]
         elif old != new:
-            found.append(f"{name}: stored {old}, asked {new}")
+            found.append(f"{name}: stored {short(old)}, asked {short(new)}")
     return found
+
+
+def short(value: Any) -> str:
+    """Give a value for a message; of a digest, its beginning."""
+    text = str(value)
+    return f"{text[:12]}…" if len(text) > 30 and isinstance(value, str) else text
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ class ProgressBar:
         else:
             self._done += isinstance(event, SlideDone)
             self._failed += isinstance(event, SlideFailed)
-            self._bar.set_description(self._text())
+            self._bar.set_description_str(self._text())
 
     def __enter__(self) -> ProgressBar:
         return self

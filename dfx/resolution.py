@@ -130,14 +130,16 @@ def level_scales(
             guess = f" (its objective of {power:g}x suggests about {10 / power:g})" if power else ""
             raise ResolutionError(
                 f"{name} has no microns per pixel, so {resolution} mpp can't be placed: "
-                f"give the slide's own with mpp= (--slide-mpp){guess}, or use units='baseline' or 'level'."
+                f"give the slide's own{guess} with open_slide(path, mpp=…), wsireader_kwargs={{'mpp': …}} or --slide-mpp, "
+                "or use units='baseline' or 'level'."
             )
         return np.asarray(np.array(mpp) * ds / np.array(pair(resolution, "resolution")))
     if units == "power":
         if power is None:
             raise ResolutionError(
                 f"{name} has no objective power, so {resolution}x can't be placed: "
-                "give the slide's own with power= (--slide-power), or use units='mpp', 'baseline' or 'level'."
+                "give the slide's own with open_slide(path, power=…), wsireader_kwargs={'power': …} or --slide-power, "
+                "or use units='mpp', 'baseline' or 'level'."
             )
         return np.asarray(np.array([1 / power] * 2) * ds / (1.0 / np.array(pair(resolution, "resolution"))))
     if units == "baseline":

@@ -116,7 +116,7 @@ class Store:
                 raise StoreError(
                     f"{path} holds the output of another run ({'; '.join(found[:4])}"
                     f"{f'; and {len(found) - 4} more' if len(found) > 4 else ''}): "
-                    "give another save_dir, or overwrite=True (--overwrite) to replace it."
+                    "give another save_dir (--out), or overwrite=True (--overwrite) to replace it."
                 )
             if stored.get("status") != "created":  # its arrays are all there
                 store = cls(path, features_array(path))
@@ -276,14 +276,17 @@ class Features:
 
     def to_baseline(self) -> NDArray[np.float64]:
         """float64 (N, 4): the coordinates in baseline (level 0) pixels."""
-        array = self._group["coordinates"]
+        array = self._group[self._present("coordinates")]
         assert isinstance(array, zarr.Array)
         return np.asarray(np.asarray(array[...]) * np.tile(np.asarray(array.attrs["to_baseline"], float), 2))
 
     def _lazy(self, name: str) -> da.Array:
+        return da.from_zarr(self._group[self._present(name)])
+
+    def _present(self, name: str) -> str:
         if name not in self._group:
             raise StoreError(f"{self.path} has no {name}: it holds loose patches, not those of a slide.")
-        return da.from_zarr(self._group[name])
+        return name
 
     def __repr__(self) -> str:
         return f"Features({str(self.path)!r}, {self._group['features'].shape}, {self.attrs['encoder']['name']})"  # type: ignore[union-attr]

@@ -63,9 +63,14 @@ def as_mask(mask: object) -> NDArray[np.bool_]:
         )
     if isinstance(mask, np.ma.MaskedArray):
         mask = mask.filled(0)
-    if mask.ndim not in (2, 3) or mask.size == 0 or mask.dtype.kind not in "biuf":
+    if (
+        mask.ndim not in (2, 3)
+        or mask.size == 0
+        or (mask.ndim == 3 and mask.shape[2] > 4)
+        or mask.dtype.kind not in "biuf"
+    ):
         raise CallError(
-            f"a mask array must be a numeric (H, W) or (H, W, C) with at least one pixel, "
+            f"a mask array must be a numeric (H, W), or (H, W, C) with C up to 4, and have a pixel, "
             f"not {mask.dtype} of shape {mask.shape}."
         )
     return np.asarray(mask != 0) if mask.ndim == 2 else np.asarray((mask != 0).any(axis=2))

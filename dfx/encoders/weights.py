@@ -98,7 +98,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except Exception as e:  # both readers raise many kinds
         raise EncoderError(
             f"weights {path} can't be read as {'safetensors' if path.suffix == '.safetensors' else 'a state dict'} "
-            f"({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}); only tensors are taken from a file: "
+            f"({type(e).__name__}): it is damaged, or holds more than tensors, and only tensors are taken from a file; "
             "save module.state_dict() with safetensors.torch.save_file or torch.save."
         ) from e
     for wrapper in WRAPPERS:

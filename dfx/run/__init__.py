@@ -100,6 +100,8 @@ def run_slides(
     """
     result = RunResult()
     names = output_names(items)
+    if in_memory and save_dir is not None:
+        log.warning("output_type='dict' writes nothing to %s while features fit in memory: 'zarr' does.", save_dir)
     if save_dir is not None:
         for name in names.values():
             check_ours(save_dir / name)
@@ -126,7 +128,7 @@ def run_slides(
             outputs[event.item.identity] = in_arrays(event) if in_memory else event.output
         elif isinstance(event, SlideFailed):
             result.failures.update(dict.fromkeys(event.item.given, event.error))
-            log.warning("%s failed: %s", event.item.address, event.error)
+            log.info("%s failed: %s", event.item.address, event.error)
         notify(event)
     for item in items:  # in the order given, whichever was done first
         if item.identity in outputs:
@@ -196,5 +198,5 @@ def raise_failures(result: RunResult, on_error: Literal["raise", "skip"]) -> Run
     if not result.failures or on_error == "skip":
         return result
     lines = [f"  {error}" for error in dict.fromkeys(result.failures.values())]  # each names its slide or store
-    count = f"{len(lines)} of {len(lines) + len(result)} slides failed, the others are done"
+    count = f"{len(lines)} of {len(lines) + len(result)} slides failed{', the others are done' if result else ''}"
     raise RunError("\n".join([f"{count}:", *lines]), result)

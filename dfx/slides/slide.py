@@ -168,6 +168,10 @@ class Slide:
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return "dfx.Slide", self.identity, self.url, self.mpp, self.power
 
+    def __repr__(self) -> str:
+        width, height = self.dimensions
+        return f"Slide({self.url!r}, {width} x {height}, {len(self.levels)} levels, mpp={self.mpp}, power={self.power})"
+
     @property
     def dimensions(self) -> tuple[int, int]:
         """(width, height) of the baseline."""
