@@ -130,8 +130,8 @@ def level_scales(
             guess = f" (its objective of {power:g}x suggests about {10 / power:g})" if power else ""
             raise ResolutionError(
                 f"{name} has no microns per pixel, so {resolution} mpp can't be placed: "
-                f"give the slide's own{guess} with open_slide(path, mpp=…), wsireader_kwargs={{'mpp': …}} or --slide-mpp, "
-                "or use units='baseline' or 'level'."
+                f"give the slide's own{guess} with open_slide(path, mpp=…), wsireader_kwargs={{'mpp': …}} "
+                "or --slide-mpp, or use units='baseline' or 'level'."
             )
         return np.asarray(np.array(mpp) * ds / np.array(pair(resolution, "resolution")))
     if units == "power":

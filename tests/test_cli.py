@@ -16,6 +16,9 @@ import dfx
 from dfx import cli
 from dfx.slides.synthetic import write_slide
 
+QUICK = ["--encoder", "resnet18", "--weights", "random", "--quiet"]
+QUICK += ["--resolution", "4", "--units", "mpp", "--patch", "64"]
+
 
 def dfx_command(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -166,22 +169,9 @@ def test_a_failure_is_a_line_and_an_exit_code(
 def test_a_picture_is_not_drawn_over_another_slide(
     made_slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = (
-        "--encoder",
-        "resnet18",
-        "--weights",
-        "random",
-        "--quiet",
-        "--resolution",
-        4,
-        "--units",
-        "mpp",
-        "--patch",
-        64,
-    )
     other, moved = write_slide(tmp_path / "other.svs", 1600, 1300, seed=5), tmp_path / "moved.svs"
     shutil.copy(made_slide, moved)
-    assert run(capsys, "extract", moved, *line, "--out", tmp_path)[0] == 0
+    assert run(capsys, "extract", moved, *QUICK, "--out", tmp_path)[0] == 0
     store, png = tmp_path / "moved.zarr", tmp_path / "x.png"
     code, _, err = run(capsys, "show", store, "--slide", other, "--out", png)
     assert code == 2
@@ -196,8 +186,7 @@ def test_a_picture_is_not_drawn_over_another_slide(
 def test_one_mask_file_is_not_stretched_over_many_slides(
     made_slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ("--encoder", "resnet18", "--weights", "random", "--resolution", 4, "--units", "mpp", "--patch", 64)
-    code, _, err = run(capsys, "extract", made_slide, "b.svs", *line, "--mask", "m.png", "--out", tmp_path)
+    code, _, err = run(capsys, "extract", made_slide, "b.svs", *QUICK, "--mask", "m.png", "--out", tmp_path)
     assert code == 2
     assert "one slide's mask" in err
 
@@ -205,20 +194,7 @@ def test_one_mask_file_is_not_stretched_over_many_slides(
 def test_a_partial_failure_prints_what_was_done(
     made_slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = (
-        "--encoder",
-        "resnet18",
-        "--weights",
-        "random",
-        "--quiet",
-        "--resolution",
-        4,
-        "--units",
-        "mpp",
-        "--patch",
-        64,
-    )
-    code, out, err = run(capsys, "extract", made_slide, tmp_path / "gone.svs", *line, "--out", tmp_path)
+    code, out, err = run(capsys, "extract", made_slide, tmp_path / "gone.svs", *QUICK, "--out", tmp_path)
     assert code == 1
     assert out.split() == [str(tmp_path / "made.zarr")]
     assert "1 of 2 slides failed, the others are done" in err
