@@ -326,6 +326,29 @@ def test_a_bad_slide_ends_only_itself(
     extractor.run([broken], overwrite=True, **args)
 
 
+def test_an_output_that_can_not_be_closed_ends_only_its_slide(
+    extractor: dfx.DeepFeatureExtractor,
+    made_slide: Path,
+    tmp_path: Path,
+    client: distributed.Client,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = write_slide(tmp_path / "other.svs", 900, 700, seed=1)
+    finish = stores.Store.finish
+
+    def full(self: stores.Store) -> None:
+        if self.path.name == "made.zarr":
+            raise OSError(28, "No space left on device")
+        finish(self)
+
+    monkeypatch.setattr(stores.Store, "finish", full)
+    with pytest.raises(RunError, match=r"made\.zarr can't be closed .* No space left"):
+        extractor.run([made_slide, other], save_dir=tmp_path / "out", client=client, **WSI)
+    monkeypatch.undo()
+    got = extractor.run([made_slide, other], save_dir=tmp_path / "out", client=client, **WSI)
+    assert len(got) == 2
+
+
 def test_a_slide_without_tissue_gives_an_empty_complete_store_and_a_warning(
     extractor: dfx.DeepFeatureExtractor, made_slide: Path, tmp_path: Path, client: distributed.Client
 ) -> None:

@@ -73,6 +73,11 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
             assert other == here or FLOOR[other] < FLOOR[here], f"{here} imports {other}, which is not below it"
 
 
+def test_the_readme_has_a_word_on_every_room() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    assert [room for room in FLOOR if f"**{room}**" not in text] == ["__main__"]
+
+
 @pytest.mark.parametrize("library", sorted(ALLOWED))
 def test_a_library_that_may_be_replaced_is_imported_in_its_rooms_only(library: str) -> None:
     rooms = {room_of(path) for path in FILES if any(name.split(".")[0] == library for name in imports(path))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +11,7 @@ import distributed
 import numpy as np
 
 from dfx.errors import DfxError, RunError, SlideError, StoreError
-from dfx.run.job import BlockDone, Event, Job, Planned, SlideFailed
+from dfx.run.job import BlockDone, Event, Job, Planned, SlideDone, SlideFailed
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,10 @@ def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iter
     flying: dict[distributed.Future, tuple[Job, int]] = {}
     finished = distributed.as_completed(with_results=False, raise_errors=False, loop=client.loop)
     exhausted = False
+    window, asked = 0, -math.inf
     while True:
-        window = WINDOW * max(1, sum(client.nthreads().values()))
+        if time.monotonic() - asked > 1:  # workers come and go; asking is a round trip
+            window, asked = WINDOW * max(1, sum(client.nthreads().values())), time.monotonic()
         while not exhausted and len(flying) < window:
             if current is None or not current.todo or current.failed:
                 following = next(waiting, None)
@@ -44,7 +47,7 @@ def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iter
                     current = following
                     yield Planned(current.item, current.plan, len(current.plan.grid) - remaining(current))
                     if not current.todo:
-                        yield current.finish()
+                        yield close(current)
                 continue
             for block, future in submit(
                 client, current, current.take(max(1, min(window - len(flying), window // WINDOW)))
@@ -70,7 +73,7 @@ def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iter
         job.unfinished -= 1
         yield BlockDone(job.item, rows.stop - rows.start)
         if not job.unfinished:
-            yield job.finish()
+            yield close(job)
 
 
 def next_finished(client: distributed.Client, finished: distributed.as_completed) -> distributed.Future:
@@ -117,6 +120,15 @@ def failure(future: distributed.Future, job: Job, block: int) -> DfxError | None
     if isinstance(error, OSError):
         return StoreError(f"{where} can't be written ({error}): check the disk and run again to resume.")
     return SlideError(f"{where} failed ({type(error).__name__}: {error}); run again to resume.")
+
+
+def close(job: Job) -> SlideDone | SlideFailed:
+    """Close what is done; what goes wrong with it is that slide's failure."""
+    try:
+        return job.finish()
+    except OSError as e:
+        path = job.store.path if job.store else job.item.address
+        return give_up(job, StoreError(f"{path} can't be closed ({e}): check the disk and run again to resume."))
 
 
 def give_up(job: Job, error: DfxError) -> SlideFailed:
