@@ -48,13 +48,17 @@ def read(slide: Slide, grid: dfx.PatchGrid, threads: int) -> float:
 
 
 def openslide_reader(path: Path, grid: dfx.PatchGrid, threads: int) -> Callable[[], float] | None:
-    """Time OpenSlide, a read a patch, a handle a thread, on a part of the grid; None where it is not installed."""
+    """Time OpenSlide, a read a patch, a handle a thread, on a part of the grid; None where it can't read."""
     try:
         import openslide
     except ImportError:
         return None
     from PIL import Image
 
+    try:
+        openslide.OpenSlide(path).close()
+    except openslide.OpenSlideError:  # a compression that it does not read
+        return None
     scale = grid.view.to_baseline[0]
     size = round(grid.shape_yx[0] * scale)
     origins = (grid.coordinates[:1024, :2] * scale).round().astype(int).tolist()

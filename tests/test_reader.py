@@ -132,7 +132,7 @@ def test_each_tile_is_decoded_once_in_a_sub_block(slide: dfx.Slide, monkeypatch:
 
 @pytest.fixture(scope="module")
 def large_slide(tmp_path_factory: pytest.TempPathFactory) -> dfx.Slide:
-    """12 x 12 blocks of 256 patches at half their stride; tiles are small to keep it quick."""
+    """Many blocks; its tiles are small to keep it quick."""
     path = tmp_path_factory.mktemp("large") / "large.tif"
     image = np.zeros((2048, 2048, 3), np.uint8)
     tifffile.imwrite(path, image, tile=(32, 32), photometric="rgb", compression="zlib", metadata=None)
@@ -144,7 +144,9 @@ def large_slide(tmp_path_factory: pytest.TempPathFactory) -> dfx.Slide:
 def test_tiles_that_blocks_share_are_decoded_once_over_the_slide(
     shape: int, stride: int, most: float, threads: int, large_slide: dfx.Slide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfx.slides.slide.TILES", Tiles(2 * 2**20))  # as many of these tiles as 64 MiB has of 256 px
+    monkeypatch.setattr(
+        "dfx.slides.slide.TILES", Tiles(2**20)
+    )  # holds as many of these tiles as 64 MiB holds of 256 px
     calls = counted(large_slide, monkeypatch)
     grid = dfx.PatchGrid.over(large_slide, shape=shape, stride=stride, resolution=0.25, mask=None)
     dfx.patches(large_slide, grid).max(axis=(1, 2, 3)).compute(scheduler="threads", num_workers=threads)
