@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 import dfx
-from dfx.slides.slide import TILES, Slide
+from dfx.slides.cache import TILES
+from dfx.slides.slide import Slide
 
 VIEWS = {  # name: patch, mpp, stride
     "native": (224, 0.25, None),

@@ -3,17 +3,32 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import distributed
 import numpy as np
 import pytest
+from nets import Means
 from numpy.typing import NDArray
 
 import dfx
-from dfx.slides.slide import TILES
+from dfx.slides.cache import TILES
 from dfx.slides.synthetic import write_slide
 
 DATA = Path(os.environ.get("DFX_TEST_DATA", Path(__file__).parents[2] / "shared")).absolute()
+
+
+WSI: dict[str, Any] = {
+    "patch_mode": False,
+    "patch_input_shape": (64, 64),
+    "input_resolutions": [{"resolution": 0.5, "units": "mpp"}],
+    "output_type": "zarr",
+}
+
+
+@pytest.fixture
+def extractor() -> dfx.DeepFeatureExtractor:
+    return dfx.DeepFeatureExtractor(Means(), verbose=False)
 
 
 @pytest.fixture(autouse=True)

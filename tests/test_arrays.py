@@ -19,7 +19,8 @@ import dfx
 from dfx import arrays
 from dfx.errors import CallError, CallTypeError, SlideError, StoreError
 from dfx.plan import Options
-from dfx.slides.slide import OPENED, Slide
+from dfx.slides.cache import OPENED
+from dfx.slides.slide import Slide
 from dfx.store import Store
 
 

@@ -14,27 +14,15 @@ import pytest
 import tifffile
 import torch
 import zarr
+from conftest import WSI
 from nets import Means, means
 from torch import nn
 
 import dfx
 from dfx.encoders import encode, output
 from dfx.errors import CallError, CallTypeError, EncoderError, RunError, SlideError, StoreError
-from dfx.slides.slide import TILES
+from dfx.slides.cache import TILES
 from dfx.slides.synthetic import write_slide
-
-WSI: dict[str, Any] = {
-    "patch_mode": False,
-    "patch_input_shape": (64, 64),
-    "input_resolutions": [{"resolution": 0.5, "units": "mpp"}],
-    "output_type": "zarr",
-}
-
-
-@pytest.fixture
-def extractor() -> dfx.DeepFeatureExtractor:
-    return dfx.DeepFeatureExtractor(Means(), verbose=False)
-
 
 # Encoders that are not what they seem
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from conftest import WSI
 from nets import Means, means
 from numpy.typing import NDArray
 from torch import nn
@@ -23,18 +24,6 @@ import dfx
 from dfx import store as stores
 from dfx.errors import CallError, CallTypeError, RunError, SlideError, StoreError
 from dfx.slides.synthetic import write_slide
-
-WSI: dict[str, Any] = {
-    "patch_mode": False,
-    "patch_input_shape": (64, 64),
-    "input_resolutions": [{"resolution": 0.5, "units": "mpp"}],
-    "output_type": "zarr",
-}
-
-
-@pytest.fixture
-def extractor() -> dfx.DeepFeatureExtractor:
-    return dfx.DeepFeatureExtractor(Means(), verbose=False)
 
 
 def expected(path: Path, mask: Any = "tissue") -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 import dfx
 from dfx import reader
 from dfx.resolution import Units
-from dfx.slides.slide import Slide, Tiles
+from dfx.slides.cache import Tiles
+from dfx.slides.slide import Slide
 
 SLIDES: dict[Any, tuple[dfx.Slide, list[NDArray[np.uint8]]]] = {}
 

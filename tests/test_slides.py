@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 import dfx
 from dfx.errors import SlideError
-from dfx.slides.slide import OPENED, Slide, as_rgb
+from dfx.slides.cache import OPENED
+from dfx.slides.level import as_rgb
+from dfx.slides.slide import Slide
 
 EXPECTED: dict[str, dict[str, Any]] = {}
 if (DATA / "slides/synthetic/expect.json").exists():

@@ -8,7 +8,8 @@ from typing import Any
 
 from dfx.errors import CallTypeError, SlideError
 from dfx.resolution import one, pair
-from dfx.slides.slide import Level, Slide
+from dfx.slides.level import Level
+from dfx.slides.slide import Slide
 from dfx.slides.tiff import open_tiff
 
 __all__ = ["Level", "Slide", "open_slide"]

@@ -11,7 +11,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from dfx.slides.slide import Colour, Decode
+from dfx.slides.level import Colour, Decode
 
 JPEG, JPEG2000, JPEGXR = (6, 7), (33003, 33004, 33005, 34712), (22610, 34934)
 UNFRAMED: dict[int, Callable[..., bytes | bytearray]] = {5: imagecodecs.lzw_decode, 32773: imagecodecs.packbits_decode}

@@ -10,7 +10,7 @@ import numpy as np
 from dfx.errors import SlideError
 from dfx.slides import vendors
 from dfx.slides.decode import colour_of, decoder
-from dfx.slides.slide import Level, TileGrid
+from dfx.slides.level import Level, TileGrid
 
 CODECS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003: "JPEG 2000 (YCbCr)"}
 CODECS |= {33005: "JPEG 2000", 34712: "JPEG 2000", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 34934: "JPEG XR"}

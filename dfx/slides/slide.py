@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import cv2
 import dask.array as da
@@ -14,124 +13,14 @@ from numpy.typing import NDArray
 
 from dfx import resolution as res
 from dfx.errors import CallTypeError, ResolutionError, SlideError
-from dfx.slides.source import ByteSource, Opened
+from dfx.slides.cache import OPENED, TILES
+from dfx.slides.level import Level, TileGrid, as_rgb
+from dfx.slides.source import ByteSource
 from dfx.tissue import tissue_mask
 
-Decode: TypeAlias = Callable[[bytes, int], NDArray[Any]]
-Colour: TypeAlias = Literal["rgb", "rgba", "rgba-associated", "grey", "other"]
-
-OPENED = Opened()
 COMMON_POWERS = (1, 1.25, 2, 2.5, 4, 5, 10, 20, 40, 60, 90, 100)
 MOST_THUMBNAIL_PIXELS = 2**26
 """Larger levels are averaged to a thumbnail band by band, in bounded memory."""
-
-
-class Tiles:
-    """The tiles that this process decoded last: bounded in bytes, locked, clearable.
-
-    Neighbouring sub-blocks and blocks share the tiles on their border, and so do patches that
-    overlap; threads that work on neighbouring blocks find each other's.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._held = 0
-        self._lock = threading.Lock()
-        self._tiles: dict[Any, NDArray[Any]] = {}
-
-    def get(self, key: Any) -> NDArray[Any] | None:
-        """Give a tile, or None."""
-        return self._tiles.get(key)
-
-    def put(self, key: Any, tile: NDArray[Any]) -> None:
-        """Keep a tile; the oldest beyond the bound go."""
-        size = tile.nbytes
-        if size > self._most // 4:
-            return
-        with self._lock:
-            if key in self._tiles:
-                return
-            self._tiles[key] = tile
-            self._held += size
-            while self._held > self._most:
-                self._held -= self._tiles.pop(next(iter(self._tiles))).nbytes
-
-    def clear(self) -> None:
-        """Forget every tile."""
-        with self._lock:
-            self._tiles.clear()
-            self._held = 0
-
-
-TILES = Tiles(64 * 2**20)
-
-
-@dataclass(frozen=True, eq=False)
-class TileGrid:
-    """A rectangle of equal tiles, as the file stores them."""
-
-    origin_yx: tuple[int, int]
-    """Where the rectangle's first pixel lies on the level."""
-    shape_yx: tuple[int, int]
-    """Its rows and columns of pixels; the last tiles may be padded beyond."""
-    tile_yx: tuple[int, int]
-    """Rows and columns of a tile."""
-    offsets: NDArray[np.int64]
-    """(planes, rows, columns) byte offset of each tile; 0 where the file has none."""
-    counts: NDArray[np.int64]
-    """(planes, rows, columns) bytes of each tile; 0 where the file has none."""
-    decoders: tuple[Decode, ...]
-    """One a plane: (bytes, index of the tile in its plane) -> (rows, columns, channels) array."""
-
-
-@dataclass(frozen=True, eq=False)
-class Level:
-    """One resolution of the pyramid."""
-
-    shape_yx: tuple[int, int]
-    """Rows and columns of pixels."""
-    channels: int
-    """Channels as the file has them."""
-    dtype: np.dtype[Any]
-    """Data type as the file has it."""
-    downsample: float
-    """Baseline pixels per pixel, the mean of both axes."""
-    codec: str
-    """How tiles are compressed."""
-    colour: Colour
-    """What the channels are; patches can be made of all but "other"."""
-    parts: tuple[TileGrid, ...] = field(repr=False)
-    """The rectangles of tiles that make up the level."""
-
-    @property
-    def dimensions(self) -> tuple[int, int]:
-        """(width, height)."""
-        return self.shape_yx[::-1]
-
-    @property
-    def tile_yx(self) -> tuple[int, int]:
-        """Rows and columns of a tile."""
-        return self.parts[0].tile_yx
-
-    @property
-    def background(self) -> int:
-        """What stands where the file has no tile: white in a picture, 0 in other channels."""
-        return 255 if self.dtype == np.uint8 and self.colour != "other" else 0
-
-
-def as_rgb(tile: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:
-    """Give a tile as RGB: grey is repeated, alpha is laid over white."""
-    if colour == "rgb":
-        return tile
-    if colour == "grey":
-        return np.broadcast_to(tile, (*tile.shape[:2], 3))
-    alpha = tile[..., 3:].astype(np.uint16)
-    if (alpha == 255).all():
-        return tile[..., :3]
-    if colour == "rgba-associated":  # already multiplied by alpha
-        return np.asarray(np.minimum(tile[..., :3] + (255 - alpha), 255).astype(np.uint8))
-    over_white: NDArray[np.uint8] = ((tile[..., :3] * alpha + (255 - alpha) * 255 + 127) // 255).astype(np.uint8)
-    return over_white
 
 
 @dataclass(frozen=True, eq=False)

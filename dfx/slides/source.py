@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 import stat
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -99,40 +98,3 @@ def identity(source: ByteSource) -> str:
     ends = [(0, min(PROBE, source.size)), (max(0, source.size - PROBE), min(PROBE, source.size))]
     digest = hashlib.sha256(b"".join(source.read(ends))).hexdigest()
     return f"{source.size}-{digest[:32]}"
-
-
-class Opened:
-    """The slides that this process has open: bounded, locked, clearable.
-
-    A task carries a slide's address only, so each process parses a header once for many tasks.
-    """
-
-    def __init__(self, most: int = 64) -> None:
-        self._most = most
-        self._lock = threading.Lock()
-        self._locks: dict[Any, threading.Lock] = {}
-        self._slides: dict[Any, Any] = {}
-
-    def get(self, key: Any, build: Any) -> Any:
-        """Give the slide under `key`, building it once however many threads ask."""
-        with self._lock:
-            if key in self._slides:
-                return self._slides[key]
-            lock = self._locks.setdefault(key, threading.Lock())
-        with lock:
-            with self._lock:
-                if key in self._slides:
-                    return self._slides[key]
-            slide = build()
-            with self._lock:
-                self._slides[key] = slide
-                self._locks.pop(key, None)
-                while len(self._slides) > self._most:
-                    self._slides.pop(next(iter(self._slides)))
-            return slide
-
-    def clear(self) -> None:
-        """Forget every slide; their files close when the last user is done."""
-        with self._lock:
-            self._slides.clear()
-            self._locks.clear()

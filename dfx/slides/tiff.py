@@ -17,8 +17,9 @@ import tifffile
 
 from dfx.errors import DfxError, SlideError
 from dfx.slides import vendors
+from dfx.slides.level import Level
 from dfx.slides.pyramid import leica_levels, pyramid, series_levels
-from dfx.slides.slide import Level, Slide
+from dfx.slides.slide import Slide
 from dfx.slides.source import ByteSource, identity, open_source
 
 
