@@ -62,10 +62,14 @@ class Plan:
         return len(self.grid), self.dim
 
     @property
-    def block_bounds(self) -> list[tuple[int, int]]:
-        """First and last-plus-one row of each block."""
-        size, n = self.options.block_size, len(self.grid)
-        return [(start, min(start + size, n)) for start in range(0, n, size)]
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return -(-len(self.grid) // self.options.block_size)
+
+    def rows(self, block: int) -> slice:
+        """The rows of a block."""
+        start = block * self.options.block_size
+        return slice(start, min(start + self.options.block_size, len(self.grid)))
 
     @property
     def nbytes(self) -> int:
@@ -78,7 +82,7 @@ class Plan:
         return {
             "format": FORMAT,
             "slide": self.slide.identity,
-            "resolution": list(view.resolution) if isinstance(view.resolution, tuple) else view.resolution,
+            "resolution": view.resolution_json,
             "units": view.units,
             "level": view.level,
             "scale": list(view.scale_xy),
@@ -107,7 +111,7 @@ class Plan:
             "patches": {
                 "shape": list(self.grid.shape_yx),
                 "stride": list(self.grid.stride_yx),
-                "resolution": list(view.resolution) if isinstance(view.resolution, tuple) else view.resolution,
+                "resolution": view.resolution_json,
                 "units": view.units,
                 "level": view.level,
                 "read_scale": list(view.scale_xy),

@@ -50,25 +50,20 @@ def read_patches(
     if out is None:
         out = np.empty((len(origins_xy), h, w, 3), np.uint8)
     corners, size = view.rectangles(origins_xy, shape_yx)
-    height, width = slide.levels[view.level].shape_yx
+    level = slide.levels[view.level]
+    height, width = level.shape_yx
     boxes = np.concatenate([corners, corners + size], axis=1)[:, [1, 0, 3, 2]]  # y0 x0 y1 x1
     for start, stop in sub_blocks(boxes):
         part = boxes[start:stop]
         y0, x0 = part[:, :2].min(axis=0).tolist()
         y1, x1 = part[:, 2:].max(axis=0).tolist()
         pixels = canvas(y1 - y0, x1 - x0)
-        if has_gaps(slide, view.level) or y1 > height or x1 > width or y0 < 0 or x0 < 0:
+        if level.has_gaps or y1 > height or x1 > width or y0 < 0 or x0 < 0:
             pixels.fill(255)
         slide.read_tiles(view.level, pixels, (y0, x0), part, rgb=True)
         for patch, (top, left, bottom, right) in zip(out[start:stop], (part - [y0, x0, y0, x0]).tolist(), strict=True):
             resample(pixels[top:bottom, left:right], patch)
     return out
-
-
-def has_gaps(slide: Slide, n: int) -> bool:
-    """Whether some pixels of a level have no tile."""
-    level = slide.levels[n]
-    return len(level.parts) > 1 or bool((level.parts[0].counts <= 0).any() or (level.parts[0].offsets <= 0).any())
 
 
 def sub_blocks(boxes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -90,6 +90,11 @@ class View:
     """Its units."""
 
     @property
+    def resolution_json(self) -> float | list[float]:
+        """The requested value as JSON has it: a pair is a list."""
+        return list(self.resolution) if isinstance(self.resolution, tuple) else self.resolution
+
+    @property
     def to_baseline(self) -> tuple[float, float]:
         """(x, y) factors from positions at the requested resolution to baseline pixels."""
         return self.downsample / self.scale_xy[0], self.downsample / self.scale_xy[1]

@@ -126,22 +126,12 @@ class Store:
                 if changes:
                     update(path, **changes)
                 return store
-        if path.exists():
-            remove(path)
         return cls._create(path, plan, label)
 
     @classmethod
     def _create(cls, path: Path, plan: Plan, label: Any) -> Store:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        said = {
-            "format": FORMAT,
-            "version": version("dfx"),
-            "status": "created",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "fingerprint": plan.fingerprint(),
-            **plan.describe(),
-        }
-        group = zarr.create_group(str(path), attributes={"dfx": said | ({} if label is None else {"label": label})})
+        said = {"fingerprint": plan.fingerprint(), **plan.describe()}
+        group = create_group(path, "created", said if label is None else said | {"label": label})
         coordinates = plan.grid.coordinates
         view = plan.grid.view
         array = group.create_array(
@@ -150,7 +140,7 @@ class Store:
             dtype=coordinates.dtype,
             chunks=(max(1, min(len(coordinates), 2**16)), 4),
             attributes={
-                "resolution": list(view.resolution) if isinstance(view.resolution, tuple) else view.resolution,
+                "resolution": view.resolution_json,
                 "units": view.units,
                 "to_baseline": list(view.to_baseline),
             },
@@ -189,6 +179,16 @@ class Store:
     def fail(self, reason: str) -> None:
         """Note why the slide failed; running again goes on from here."""
         update(self.path, status="failed", failure=reason)
+
+
+def create_group(path: Path, status: str, said: dict[str, Any]) -> zarr.Group:
+    """Create a store's group in the place of what dfx had there; `said` is what it says of its content."""
+    if path.exists():
+        remove(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"format": FORMAT, "version": version("dfx"), "status": status}
+    created = {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+    return zarr.create_group(str(path), attributes={"dfx": head | created | said})
 
 
 def create_features(group: zarr.Group, shape: tuple[int, int], dtype: np.dtype[Any], block_size: int) -> None:
@@ -230,12 +230,7 @@ def write_patch_mode(
 def _write_patch_mode(
     path: Path, features: NDArray[Any], labels: list[Any] | None, encoder: dict[str, Any], block_size: int
 ) -> Path:
-    if path.exists():
-        remove(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    said = {"format": FORMAT, "version": version("dfx"), "status": "running", "encoder": encoder}
-    said["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-    group = zarr.create_group(str(path), attributes={"dfx": said})
+    group = create_group(path, "running", {"encoder": encoder})
     create_features(group, features.shape, features.dtype, block_size)
     features_array(path)[...] = features
     if labels is not None:

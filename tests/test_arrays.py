@@ -63,7 +63,7 @@ def test_one_task_a_block_below_4_kb_however_large_the_slide(
     plan = arrays.make_plan(slide, grid, resnet18, Options())
     store = Store.prepare(tmp_path / "a-slide-with-a-name-as-long-as-those-of-TCGA-are-DX1.5B3C2D1E.zarr", plan)
     written = arrays.written(arrays.lazy_features(plan), store.features)
-    blocks = len(plan.block_bounds)
+    blocks = plan.blocks
     assert blocks > 5
     tasks = graph(written)
     assert written.numblocks[0] == blocks

@@ -55,7 +55,7 @@ def load_encoder(
     if isinstance(encoder, str):
         from dfx.encoders import network
 
-        spec = network.timm_spec(encoder, weights, input_size)
+        spec = network.timm_spec(encoder, weights)
     else:
         spec = _module_spec(encoder, weights)
     spec = spec.with_options(mean=mean, std=std, input_size=input_size, pooling=pooling, precision=precision)

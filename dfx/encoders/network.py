@@ -44,8 +44,8 @@ _counter = itertools.count()
 # From a name or a module to a spec
 
 
-def timm_spec(name: str, weights: str | Path | None, input_size: tuple[int, int] | None) -> EncoderSpec:
-    """Describe a timm model by name; finds and hashes its weights, and checks that they fit."""
+def timm_spec(name: str, weights: str | Path | None) -> EncoderSpec:
+    """Describe a timm model by name; finds and hashes its weights."""
     import timm
 
     config = None
@@ -71,7 +71,7 @@ def timm_spec(name: str, weights: str | Path | None, input_size: tuple[int, int]
     else:
         digest = files.file_digest(files.hub_file(config.hf_hub_id, name))
         source = f"hub:{config.hf_hub_id}"
-    size = input_size or config.input_size[1:]
+    rows, columns = config.input_size[1:]
     return EncoderSpec(
         name=name,
         kind="timm",
@@ -79,7 +79,7 @@ def timm_spec(name: str, weights: str | Path | None, input_size: tuple[int, int]
         weights_digest=digest,
         mean=tuple(config.mean),
         std=tuple(config.std),
-        input_size=(int(size[0]), int(size[1])),
+        input_size=(int(rows), int(columns)),
         interpolation="bilinear" if config.interpolation == "bilinear" else "bicubic",
     )
 

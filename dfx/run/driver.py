@@ -60,7 +60,7 @@ def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iter
         job, block = flying.pop(future)
         if job.failed:
             continue
-        rows = job.rows(block)
+        rows = job.plan.rows(block)
         error = failure(future, job, block)
         if error is not None:
             job.failed = True
@@ -96,7 +96,8 @@ def next_finished(client: distributed.Client, finished: distributed.as_completed
 
 def remaining(job: Job) -> int:
     """Patches of a job that are still to be made."""
-    return sum(job.rows(block).stop - job.rows(block).start for block in job.todo)
+    rows = (job.plan.rows(block) for block in job.todo)
+    return sum(r.stop - r.start for r in rows)
 
 
 def submit(client: distributed.Client, job: Job, blocks: list[int]) -> list[tuple[int, distributed.Future]]:

@@ -85,7 +85,7 @@ class Job:
     def in_memory(cls, item: Item, plan: Plan) -> Job:
         """Make a job whose features come back to this process."""
         lazy = arrays.lazy_features(plan)
-        return cls(item, plan, lazy, list(range(len(plan.block_bounds))), kept=np.empty(plan.shape, plan.dtype))
+        return cls(item, plan, lazy, list(range(plan.blocks)), kept=np.empty(plan.shape, plan.dtype))
 
     @classmethod
     def on_disk(cls, item: Item, plan: Plan, path: Path, *, overwrite: bool) -> Job:
@@ -104,10 +104,6 @@ class Job:
             n += 1
         run, self.todo = self.todo[:n], self.todo[n:]
         return run
-
-    def rows(self, block: int) -> slice:
-        """The rows of a block."""
-        return slice(*self.plan.block_bounds[block])
 
     def finish(self) -> SlideDone:
         """Close what is done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -29,6 +30,11 @@ class TileGrid:
     """(planes, rows, columns) bytes of each tile; 0 where the file has none."""
     decoders: tuple[Decode, ...]
     """One a plane: (bytes, index of the tile in its plane) -> (rows, columns, channels) array."""
+
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """(rows, columns): which tiles the file has."""
+        return np.asarray(((self.counts > 0) & (self.offsets > 0)).all(axis=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +65,11 @@ class Level:
     def tile_yx(self) -> tuple[int, int]:
         """Rows and columns of a tile."""
         return self.parts[0].tile_yx
+
+    @cached_property
+    def has_gaps(self) -> bool:
+        """Whether some pixels have no tile."""
+        return len(self.parts) > 1 or not bool(self.parts[0].present.all())
 
     @property
     def background(self) -> int:

@@ -119,12 +119,13 @@ class Slide:
             rows, columns = part.offsets.shape[1:]
             local = boxes - np.tile(part.origin_yx, 2)
             low = np.maximum(local[:, :2] // (th, tw), 0)
-            high = np.minimum(-(-local[:, 2:] // (th, tw)), (rows, columns))
-            wanted = np.zeros((rows, columns), bool)
-            for (r0, c0), (r1, c1) in zip(low.tolist(), high.tolist(), strict=True):
+            high = np.maximum(np.minimum(-(-local[:, 2:] // (th, tw)), (rows, columns)), low)
+            first, last = low.min(axis=0), high.max(axis=0)  # of a large level, a few tiles: this is done often
+            present = part.present[first[0] : last[0], first[1] : last[1]]
+            wanted = np.zeros(present.shape, bool)
+            for (r0, c0), (r1, c1) in zip((low - first).tolist(), (high - first).tolist(), strict=True):
                 wanted[r0:r1, c0:c1] = True
-            wanted &= (part.counts > 0).all(axis=0) & (part.offsets > 0).all(axis=0)
-            for r, c in np.argwhere(wanted).tolist():
+            for r, c in np.add(np.argwhere(wanted & present), first).tolist():
                 key = self.source.serial, n, p, r, c, rgb
                 tile = TILES.get(key)
                 if tile is None:
