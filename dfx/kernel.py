@@ -31,7 +31,8 @@ def batch_buffer(n: int, shape_yx: tuple[int, int]) -> NDArray[np.uint8]:
 def read_block(steps_xy: NDArray[Any], work: BlockWork, *, meter: Meter = nullcontext) -> NDArray[np.uint8]:
     """Read a block's patches, uint8 (n, rows, columns, 3)."""
     with meter("dfx-read"):
-        return read_patches(work.slide, work.grid.view, work.origins(steps_xy), work.grid.shape_yx)
+        grid = work.grid
+        return read_patches(work.slide, grid.view, work.origins(steps_xy), grid.shape_yx, stride_yx=grid.stride_yx)
 
 
 def encode_block(
@@ -49,7 +50,14 @@ def encode_block(
     for start in range(0, len(steps_xy), size):
         origins = work.origins(steps_xy[start : start + size])
         with meter("dfx-read"):
-            patches = read_patches(work.slide, work.grid.view, origins, shape, batch_buffer(len(origins), shape))
+            patches = read_patches(
+                work.slide,
+                work.grid.view,
+                origins,
+                shape,
+                batch_buffer(len(origins), shape),
+                stride_yx=work.grid.stride_yx,
+            )
         with meter("dfx-encode"):
             found = encode(encoder, patches, batch_size=size, device=work.options.device, threads=threads)
         if found.shape[1] != work.dim:  # it would be broadcast into the output

@@ -1,9 +1,16 @@
-"""The pixels of many patches at once: each tile decoded once into a reused canvas, then resampled."""
+"""The pixels of many patches at once: each tile is decoded once, then copied or resampled into patches.
+
+Patches at a level, or shrunk by a whole factor from one, are copied straight out of each tile. All others
+are cut from a canvas of tiles that the thread reuses.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -11,6 +18,8 @@ from numpy.typing import NDArray
 
 from dfx.resolution import View
 from dfx.slides import Slide
+from dfx.slides.level import Level
+from dfx.slides.slide import paste
 
 MOST_PATCHES = 64
 MOST_CANVAS_BYTES = 24 * 2**20
@@ -33,37 +42,129 @@ def canvas(rows: int, columns: int) -> NDArray[np.uint8]:
     return buffer[:size].reshape(rows, columns, 3)
 
 
+class Recycled:
+    """Memory of arrays that are given away, taken up again when the last view of one is gone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free: deque[NDArray[np.uint8]] = deque()
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Give an uninitialised uint8 array."""
+        size = math.prod(shape)
+        for _ in range(len(self._free)):
+            with suppress(IndexError):  # another thread was quicker
+                memory = self._free.popleft()
+                if memory.size == size:
+                    break
+                self._free.append(memory)
+        else:
+            memory = np.empty(size, np.uint8)
+        return np.asarray(_Lease(memory, self)).reshape(shape)
+
+    def give_back(self, memory: NDArray[np.uint8]) -> None:
+        """Keep memory for the next; the oldest beyond the bound goes."""
+        self._free.append(memory)
+        while sum(m.size for m in list(self._free)) > self._most:
+            with suppress(IndexError):
+                self._free.popleft()
+
+    def clear(self) -> None:
+        """Let go of what is free."""
+        self._free.clear()
+
+
+class _Lease:
+    """The base of an array and of all its views, so that it goes when they are gone."""
+
+    def __init__(self, memory: NDArray[np.uint8], owner: Recycled) -> None:
+        self._memory, self._owner = memory, owner
+        self.__array_interface__ = memory.__array_interface__
+
+    def __del__(self) -> None:
+        self._owner.give_back(self._memory)
+
+
+RECYCLED = Recycled(256 * 2**20)
+
+
 def read_patches(
     slide: Slide,
     view: View,
     origins_xy: NDArray[np.integer],
     shape_yx: tuple[int, int],
     out: NDArray[np.uint8] | None = None,
+    *,
+    stride_yx: tuple[int, int] | None = None,
 ) -> NDArray[np.uint8]:
     """Read patches, uint8 RGB (N, rows, columns, 3).
 
-    `origins_xy`: int (N, 2), top left corners (x, y) at the view's resolution. Pixels beyond the
-    slide are white (255). A patch that needs no resampling has the file's own pixels; shrinking
-    averages areas, enlarging is cubic. Raises `SlideError` when a tile can't be read.
+    `origins_xy`: int (N, 2), top left corners (x, y) at the view's resolution; `stride_yx`: from one
+    to the next where they are some of a grid, so that tiles on their border are kept for the
+    others. Pixels beyond the slide are white (255). A patch that needs no resampling has the file's
+    own pixels; shrinking averages areas, enlarging is cubic. Raises `SlideError` when a tile can't be read.
     """
     h, w = shape_yx
     if out is None:
-        out = np.empty((len(origins_xy), h, w, 3), np.uint8)
-    corners, size = view.rectangles(origins_xy, shape_yx)
+        out = RECYCLED.empty((len(origins_xy), *shape_yx, 3))
+    corners, (w, h) = view.rectangles(origins_xy, shape_yx)
+    boxes = np.concatenate([corners, corners + np.array([w, h])], axis=1)[:, [1, 0, 3, 2]]  # y0 x0 y1 x1
+    pitch = None if stride_yx is None else (stride_yx[0] / view.scale_xy[1], stride_yx[1] / view.scale_xy[0])
     level = slide.levels[view.level]
-    height, width = level.shape_yx
-    boxes = np.concatenate([corners, corners + size], axis=1)[:, [1, 0, 3, 2]]  # y0 x0 y1 x1
+    beyond: NDArray[np.bool_] = (
+        (boxes[:, :2] < 0).any(axis=1) | (boxes[:, 2:] > level.shape_yx).any(axis=1) | level.has_gaps
+    )
+    factor = whole_factor(boxes, (h, w), shape_yx, level)
+    if factor:
+        out[beyond] = 255
+        for tile, at, touching in slide.tiles(view.level, boxes, rgb=True, pitch_yx=pitch):
+            spread(tile, at, boxes, touching, out, factor)
+        return out
     for start, stop in sub_blocks(boxes):
         part = boxes[start:stop]
-        y0, x0 = part[:, :2].min(axis=0).tolist()
-        y1, x1 = part[:, 2:].max(axis=0).tolist()
+        (y0, x0), (y1, x1) = part[:, :2].min(axis=0).tolist(), part[:, 2:].max(axis=0).tolist()
         pixels = canvas(y1 - y0, x1 - x0)
-        if level.has_gaps or y1 > height or x1 > width or y0 < 0 or x0 < 0:
+        if beyond[start:stop].any():
             pixels.fill(255)
-        slide.read_tiles(view.level, pixels, (y0, x0), part, rgb=True)
+        for tile, (y, x), _ in slide.tiles(view.level, part, rgb=True, pitch_yx=pitch):
+            paste(pixels, tile, (y - y0, x - x0))
         for patch, (top, left, bottom, right) in zip(out[start:stop], (part - [y0, x0, y0, x0]).tolist(), strict=True):
             resample(pixels[top:bottom, left:right], patch)
     return out
+
+
+def whole_factor(boxes: NDArray[np.int64], size_yx: tuple[int, int], shape_yx: tuple[int, int], level: Level) -> int:
+    """By how much patches are shrunk, where each of their pixels is a square of pixels of one tile; else 0."""
+    factor = size_yx[0] // shape_yx[0]
+    squares = [boxes, *(np.array([*part.origin_yx, *part.tile_yx]) for part in level.parts)]
+    whole = size_yx == (shape_yx[0] * factor, shape_yx[1] * factor) and factor > 0
+    return factor if whole and not any((numbers % factor).any() for numbers in squares) else 0
+
+
+def spread(
+    tile: NDArray[np.uint8],
+    at_yx: tuple[int, int],
+    boxes: NDArray[np.int64],
+    touching: list[int],
+    out: NDArray[np.uint8],
+    factor: int,
+) -> None:
+    """Copy a tile to the patches that it touches, shrunk by a whole factor.
+
+    While it is in the processor's cache: through a canvas, each pixel would go to memory and back.
+    """
+    if factor > 1:
+        rows, columns = (-(-size // factor) for size in tile.shape[:2])
+        if tile.shape[:2] != (rows * factor, columns * factor):  # it ends with the level, within a pixel of a patch
+            white = np.full((rows * factor, columns * factor, 3), 255, np.uint8)
+            paste(white, tile, (0, 0))
+            tile = white
+        small = cv2.resize(np.ascontiguousarray(tile), (columns, rows), interpolation=cv2.INTER_AREA)
+        tile = np.asarray(small, np.uint8).reshape(rows, columns, 3)
+    y, x = at_yx
+    for i in touching:
+        top, left = boxes[i, :2].tolist()
+        paste(out[i], tile, ((y - top) // factor, (x - left) // factor))
 
 
 def sub_blocks(boxes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

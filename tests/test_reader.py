@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 import dfx
 from dfx import reader
-from dfx.resolution import Units
+from dfx.resolution import Units, View
 from dfx.slides.cache import Tiles
 from dfx.slides.slide import Slide
 
+ODD = "aperio_odd.svs", "philips_sparse.tiff", "generic_gray.tif", "strips.tif", "leica_two_areas.scn"
 SLIDES: dict[Any, tuple[dfx.Slide, list[NDArray[np.uint8]]]] = {}
 
 
@@ -110,14 +111,50 @@ def test_native_patches_of_real_slides_are_openslides(name: str) -> None:
         assert np.array_equal(patches[i, : inside[0], : inside[1]], want[: inside[0], : inside[1]])
 
 
+@pytest.mark.parametrize("factor", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", *(f"synthetic/syn_{n}" for n in ODD)])
+def test_pixels_copied_straight_out_of_tiles_are_those_cut_from_a_canvas(
+    name: str, factor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = dfx.open_slide(shared(f"slides/{name}"), mpp=0.25)
+    width, height = (size // factor for size in slide.dimensions)
+    ys = *range(0, height, max(16, height // 5)), *range(height - 40, height, 16)  # the last patches overhang
+    xy = np.array([(x, y) for y in ys for x in range(0, width, 80)])
+    view = View(0, (1 / factor, 1 / factor), 1.0, (width, height), 1 / factor, "baseline")
+    straight = reader.read_patches(slide, view, xy, (48, 96), stride_yx=(16, 80))
+    monkeypatch.setattr(reader, "whole_factor", lambda *args: 0)
+    assert np.array_equal(straight, reader.read_patches(slide, view, xy, (48, 96)))
+    assert (straight == 255).any()
+    assert straight.min() < 200
+
+
+def test_memory_is_taken_up_again_only_when_its_last_view_is_gone() -> None:
+    recycled = reader.Recycled(3000)
+    first = recycled.empty((10, 10, 3))
+    view, address = first[2:].reshape(-1), first.ctypes.data
+    del first
+    other = recycled.empty((10, 10, 3))
+    assert not np.shares_memory(view, other)
+    view[:] = 7
+    other[:] = 9
+    assert (view == 7).all()
+    del view
+    again = recycled.empty((300,))
+    assert again.ctypes.data == address
+    assert recycled.empty((299,)).ctypes.data != address
+    some = [recycled.empty((1000,)) for _ in range(9)]
+    del some
+    assert len(recycled._free) == 3
+
+
 def counted(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every call of the tile decoder from now on."""
     calls: list[int] = []
     original = Slide._decode
 
-    def decode(self: Slide, n: int, part: Any, row: int, column: int) -> Any:
+    def decode(self: Slide, n: int, part: Any, row: int, column: int, **options: Any) -> Any:
         calls.append(row * 1000 + column)
-        return original(self, n, part, row, column)
+        return original(self, n, part, row, column, **options)
 
     monkeypatch.setattr(Slide, "_decode", decode)
     return calls

@@ -63,10 +63,11 @@ class Tiles:
         return self._tiles.get(key)
 
     def put(self, key: Any, tile: NDArray[Any]) -> None:
-        """Keep a tile; the oldest beyond the bound go."""
+        """Keep a copy of a tile; the oldest beyond the bound go."""
         size = tile.nbytes
         if size > self._most // 4:
             return
+        tile = tile.copy()
         with self._lock:
             if key in self._tiles:
                 return

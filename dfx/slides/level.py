@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-Decode: TypeAlias = Callable[[bytes, int], NDArray[Any]]
 Colour: TypeAlias = Literal["rgb", "rgba", "rgba-associated", "grey", "other"]
+
+
+class Decode(Protocol):
+    """Decodes the tiles of one plane. Safe in threads."""
+
+    def __call__(self, data: bytes, index: int, *, scratch: bool) -> NDArray[Any]:
+        """Give tile `index` of the plane as (rows, columns, channels).
+
+        With `scratch` it may lie in a buffer of this thread, which the next call overwrites.
+        """
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +39,50 @@ class TileGrid:
     counts: NDArray[np.int64]
     """(planes, rows, columns) bytes of each tile; 0 where the file has none."""
     decoders: tuple[Decode, ...]
-    """One a plane: (bytes, index of the tile in its plane) -> (rows, columns, channels) array."""
+    """One a plane."""
 
     @cached_property
     def present(self) -> NDArray[np.bool_]:
         """(rows, columns): which tiles the file has."""
         return np.asarray(((self.counts > 0) & (self.offsets > 0)).all(axis=0))
+
+    def touching(self, boxes: NDArray[np.int64]) -> dict[tuple[int, int], list[int]]:
+        """Which boxes touch each tile that the file has: (row, column) -> indices, row after row.
+
+        `boxes`: int (N, 4) as (y0, x0, y1, x1) on the level.
+        """
+        local = boxes - np.tile(self.origin_yx, 2)
+        low = np.maximum(local[:, :2] // self.tile_yx, 0)
+        high = np.minimum(-(-local[:, 2:] // self.tile_yx), self.present.shape)
+        found: dict[tuple[int, int], list[int]] = {}
+        for i, (r0, c0, r1, c1) in enumerate(np.concatenate([low, high], axis=1).tolist()):
+            for r in range(r0, r1):
+                for c in range(c0, c1):
+                    found.setdefault((r, c), []).append(i)
+        return {at: found[at] for at in sorted(found) if self.present[at]}
+
+    def shared(
+        self, touching: dict[tuple[int, int], list[int]], boxes: NDArray[np.int64], pitch_yx: tuple[float, float]
+    ) -> set[tuple[int, int]]:
+        """Which of the tiles are touched by other boxes of the lattice that these are part of.
+
+        The lattice's boxes begin every `pitch_yx` pixels from the level's first one on. (It is endless
+        here, so a tile at the slide's end may seem shared that is not.)
+        """
+        if not touching:
+            return set()
+        size = (boxes[0, 2:] - boxes[0, :2]).tolist()
+
+        def along(axis: int) -> dict[int, int]:
+            tile, pitch, places = self.tile_yx[axis], pitch_yx[axis], {at[axis] for at in touching}
+            starts = {n: self.origin_yx[axis] + n * tile for n in places}
+            return {
+                n: math.ceil((start + tile) / pitch) - max(math.floor((start - size[axis]) / pitch) + 1, 0)
+                for n, start in starts.items()
+            }
+
+        rows, columns = along(0), along(1)
+        return {(r, c) for (r, c), found in touching.items() if len(found) < rows[r] * columns[c]}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,50 +96,36 @@ class Slide:
             name=f"level-{da.core.tokenize(pixels)}",
         )
 
-    def read_tiles(
-        self,
-        n: int,
-        canvas: NDArray[Any],
-        origin_yx: tuple[int, int],
-        boxes: NDArray[np.int64],
-        *,
-        rgb: bool,
-    ) -> int:
-        """Decode each tile that a box touches, once, into a canvas; gives how many were decoded.
+    def tiles(
+        self, n: int, boxes: NDArray[np.int64], *, rgb: bool, pitch_yx: tuple[float, float] | None = None
+    ) -> Iterator[tuple[NDArray[Any], tuple[int, int], list[int]]]:
+        """Decode each tile that a box touches, once: its pixels, where they lie, and which boxes touch it.
 
-        `canvas` (rows, columns, channels) begins at the level's pixel `origin_yx`; `boxes` is int
-        (N, 4) as (y0, x0, y1, x1) on the level. Pixels without a tile are left as they were. Raises
+        `boxes` is int (N, 4) as (y0, x0, y1, x1) on the level. Gives (rows, columns, channels)
+        without what is padded beyond the level, which may be overwritten when the next is asked for;
+        (y, x) on the level; and indices of `boxes`. `pitch_yx`: pixels of the level from one box to the next,
+        where the boxes are some of a lattice: tiles that others of it touch are kept for them. Raises
         `SlideError` that names the tile.
         """
-        level, decoded = self.levels[n], 0
+        level = self.levels[n]
         if rgb:
             self.check_picture(n)
         for p, part in enumerate(level.parts):
-            th, tw = part.tile_yx
-            rows, columns = part.offsets.shape[1:]
-            local = boxes - np.tile(part.origin_yx, 2)
-            low = np.maximum(local[:, :2] // (th, tw), 0)
-            high = np.maximum(np.minimum(-(-local[:, 2:] // (th, tw)), (rows, columns)), low)
-            first, last = low.min(axis=0), high.max(axis=0)  # of a large level, a few tiles: this is done often
-            present = part.present[first[0] : last[0], first[1] : last[1]]
-            wanted = np.zeros(present.shape, bool)
-            for (r0, c0), (r1, c1) in zip((low - first).tolist(), (high - first).tolist(), strict=True):
-                wanted[r0:r1, c0:c1] = True
-            for r, c in np.add(np.argwhere(wanted & present), first).tolist():
+            touching = part.touching(boxes)
+            shared = set() if pitch_yx is None else part.shared(touching, boxes, pitch_yx)
+            for r, c in touching:
                 key = self.source.serial, n, p, r, c, rgb
-                tile = TILES.get(key)
+                tile = TILES.get(key) if (r, c) in shared else None
                 if tile is None:
-                    tile = self._decode(n, part, r, c)
+                    tile = self._decode(n, part, r, c, scratch=True)
                     tile = as_rgb(tile, level.colour) if rgb else tile
-                    TILES.put(key, tile)
-                    decoded += 1
-                top, left = part.origin_yx[0] + r * th, part.origin_yx[1] + c * tw
-                bottom = min(top + th, part.origin_yx[0] + part.shape_yx[0])
-                right = min(left + tw, part.origin_yx[1] + part.shape_yx[1])
-                paste(canvas, origin_yx, tile[: bottom - top, : right - left], (top, left))
-        return decoded
+                    if (r, c) in shared:
+                        TILES.put(key, tile)
+                y, x = r * part.tile_yx[0], c * part.tile_yx[1]
+                inside = tile[: part.shape_yx[0] - y, : part.shape_yx[1] - x]
+                yield inside, (part.origin_yx[0] + y, part.origin_yx[1] + x), touching[r, c]
 
-    def _decode(self, n: int, part: TileGrid, row: int, column: int) -> NDArray[Any]:
+    def _decode(self, n: int, part: TileGrid, row: int, column: int, *, scratch: bool = False) -> NDArray[Any]:
         index = row * part.offsets.shape[2] + column
         at = [(int(o), int(c)) for o, c in zip(part.offsets[:, row, column], part.counts[:, row, column], strict=True)]
         name = f"tile {index} (row {row}, column {column}) of level {n} of {self.url}"
@@ -150,7 +136,7 @@ class Slide:
         planes = []
         for data, decode in zip(self.source.read(at), part.decoders, strict=True):
             try:
-                planes.append(decode(data, index))
+                planes.append(decode(data, index, scratch=scratch and len(at) == 1))
             except Exception as e:  # codecs raise many kinds; none of them says which tile
                 raise SlideError(f"{name} can't be decoded ({e}): the file is damaged; copy or export it again.") from e
         tile = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
@@ -197,7 +183,8 @@ class Slide:
         level = self.levels[n]
         y0, x0, y1, x1 = box
         canvas = np.full((y1 - y0, x1 - x0, 3 if rgb else level.channels), level.background, level.dtype)
-        self.read_tiles(n, canvas, (y0, x0), np.array([box]), rgb=rgb)
+        for tile, (y, x), _ in self.tiles(n, np.array([box]), rgb=rgb):
+            paste(canvas, tile, (y - y0, x - x0))
         return canvas
 
     def tissue_mask(self) -> NDArray[np.bool_]:
@@ -220,13 +207,13 @@ class Slide:
         return self.view(min(1.0, max(1 / 16, 512 / max(self.dimensions))), "baseline")
 
 
-def paste(canvas: NDArray[Any], origin_yx: tuple[int, int], tile: NDArray[Any], at_yx: tuple[int, int]) -> None:
-    """Copy the part of a tile at `at_yx` that lies on the canvas, whose corner is `origin_yx`."""
-    top, left = at_yx[0] - origin_yx[0], at_yx[1] - origin_yx[1]
-    y0, x0 = max(0, -top), max(0, -left)
-    y1, x1 = min(tile.shape[0], canvas.shape[0] - top), min(tile.shape[1], canvas.shape[1] - left)
-    if y1 > y0 and x1 > x0:
-        canvas[top + y0 : top + y1, left + x0 : left + x1] = tile[y0:y1, x0:x1]
+def paste(canvas: NDArray[Any], tile: NDArray[Any], at_yx: tuple[int, int]) -> None:
+    """Copy the part of a tile that lies on the canvas, where its corner lies at `at_yx`."""
+    top, left = at_yx
+    bottom, right = top + tile.shape[0], left + tile.shape[1]
+    canvas[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = tile[
+        max(-top, 0) : canvas.shape[0] - top, max(-left, 0) : canvas.shape[1] - left
+    ]
 
 
 @dataclass(frozen=True, eq=False)
