@@ -109,7 +109,7 @@ def share(encoder: EncoderSpec, client: distributed.Client | None = None) -> Non
     handed = _handed.setdefault(client, set())
     if client.scheduler.address.startswith("inproc://") or encoder.key in handed:
         return
-    from dfx.encoders.network import pickle_module
+    from dfx.encoders.modules import pickle_module
 
     client.register_plugin(Handed(encoder.key, pickle_module(encoder)))
     handed.add(encoder.key)

@@ -111,9 +111,8 @@ def read_patches(
     boxes = np.concatenate([corners, corners + np.array([w, h])], axis=1)[:, [1, 0, 3, 2]]  # y0 x0 y1 x1
     pitch = None if stride_yx is None else (stride_yx[0] / view.scale_xy[1], stride_yx[1] / view.scale_xy[0])
     level = slide.levels[view.level]
-    beyond: NDArray[np.bool_] = (
-        (boxes[:, :2] < 0).any(axis=1) | (boxes[:, 2:] > level.shape_yx).any(axis=1) | level.has_gaps
-    )
+    outside = (boxes[:, :2] < 0) | (boxes[:, 2:] > level.shape_yx)
+    beyond = np.asarray(outside.any(axis=1) | level.has_gaps)
     factor = whole_factor(boxes, (h, w), shape_yx, level)
     if factor:
         out[beyond] = 255

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import dfx
 from dfx.encoders import encode, output
+from dfx.encoders import modules
 from dfx.encoders import network as net
 from dfx.errors import CallError, CallTypeError, EncoderError
 
@@ -99,7 +100,7 @@ def test_random_weights_are_asked_for_and_the_same_everywhere(patches: NDArray[n
     spec = dfx.load_encoder("resnet18", weights="random")
     before = torch.get_rng_state()
     first = encode(spec, patches)
-    net.MODULES.clear()
+    modules.MODULES.clear()
     net.NETWORKS.clear()
     torch.manual_seed(99)
     assert np.array_equal(encode(spec, patches), first)

@@ -33,6 +33,7 @@ def load_encoder(
     input_size: int | tuple[int, int] | None = None,
     pooling: str | None = None,
     precision: str | None = None,
+    compile: bool = False,
 ) -> EncoderSpec:
     """Describe an encoder so that any worker can build it.
 
@@ -41,8 +42,9 @@ def load_encoder(
     gets float32 NCHW RGB in [0, 1], less `mean` and divided by `std` where given, patches as they
     are unless `input_size` is given; one with TIAToolbox's `infer_batch` is honoured as it is.
     `pooling` ("cls", "mean", "cls+mean") makes a vector of tokens or maps. The module is copied as
-    it is now, and is itself left untouched. Raises `EncoderError` for an unknown name, weights that
-    are missing, unreadable or of another architecture; `CallTypeError` for what is no encoder.
+    it is now, and is itself left untouched. `compile`: workers run it through `torch.compile`. Raises
+    `EncoderError` for an unknown name, weights that are missing, unreadable or of another
+    architecture; `CallTypeError` for what is no encoder.
     """
     if isinstance(encoder, EncoderSpec):
         if weights is not None:
@@ -53,14 +55,16 @@ def load_encoder(
     if weights is not None and not isinstance(weights, str | Path):
         raise CallTypeError(f"weights must be a path, 'random' or None, not {type(weights).__name__}.")
     if isinstance(encoder, str):
-        from dfx.encoders import network
+        from dfx.encoders import modules
 
-        spec = network.timm_spec(encoder, weights)
+        spec = modules.timm_spec(encoder, weights)
     else:
         spec = _module_spec(encoder, weights)
-    spec = spec.with_options(mean=mean, std=std, input_size=input_size, pooling=pooling, precision=precision)
+    spec = spec.with_options(
+        mean=mean, std=std, input_size=input_size, pooling=pooling, precision=precision, compile=bool(compile)
+    )
     if isinstance(encoder, str) and weights not in (None, "random"):
-        network.module_of(spec)  # weights of another architecture are refused now, not on a worker
+        modules.module_of(spec)  # weights of another architecture are refused now, not on a worker
     return spec
 
 
@@ -70,16 +74,16 @@ def _module_spec(module: Any, weights: str | Path | None) -> EncoderSpec:
     torch = sys.modules.get("torch")  # a module can't exist before torch is imported
     if torch is None or not isinstance(module, torch.nn.Module):
         raise CallTypeError(f"an encoder is a name or a torch.nn.Module, not {type(module).__name__}.")
-    from dfx.encoders import network
+    from dfx.encoders import modules
     from dfx.encoders import weights as files
 
     if weights is None:
-        return network.module_spec(module)
+        return modules.module_spec(module)
     if weights == "random":
         raise CallError("weights='random' is for named encoders: a module has its weights already.")
-    spec = network.module_spec(module)
+    spec = modules.module_spec(module)
     files.load_into(spec.module, files.weights_file(weights), type(module).__name__)
-    return network.module_spec(spec.module)
+    return modules.module_spec(spec.module)
 
 
 def check_device(device: object) -> str:

@@ -41,6 +41,8 @@ class EncoderSpec:
     """How tokens or maps become a vector; None: the network gives (N, D) itself."""
     precision: Precision = "float32"
     """In which the network computes."""
+    compiled: bool = False
+    """Whether torch compiles it on the workers."""
     token: str = ""
     """Tells given modules apart that seem equal."""
     module: Any = field(default=None, repr=False, compare=False)
@@ -74,6 +76,7 @@ class EncoderSpec:
             "interpolation",
             "pooling",
             "precision",
+            "compiled",
         )
         found = {name: getattr(self, name) for name in fields}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
@@ -86,6 +89,7 @@ class EncoderSpec:
         input_size: tuple[int, int] | None,
         pooling: str | None,
         precision: str | None,
+        compile: bool,
     ) -> EncoderSpec:
         """Give the spec with what the user asked for put over it; raises `CallError`."""
         if precision is not None and precision not in PRECISIONS:
@@ -96,10 +100,11 @@ class EncoderSpec:
             raise CallError(
                 "pooling='cls+mean' is for modules that give tokens; a named encoder takes 'cls' or 'mean'."
             )
-        if self.kind == "tiatoolbox" and any(v is not None for v in (mean, std, input_size, pooling, precision)):
+        given_any = any(v is not None for v in (mean, std, input_size, pooling, precision)) or compile
+        if self.kind == "tiatoolbox" and given_any:
             raise CallError(
                 f"{self.name} has infer_batch and prepares patches by itself: give no mean, std, input_size, "
-                "pooling or precision, or wrap its layers in a module without infer_batch."
+                "pooling, precision or compile, or wrap its layers in a module without infer_batch."
             )
         given = {
             "mean": triple(mean, "mean"),
@@ -107,6 +112,7 @@ class EncoderSpec:
             "input_size": input_size,
             "pooling": pooling,
             "precision": precision,
+            "compiled": True if compile else None,
         }
         return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
