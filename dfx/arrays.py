@@ -6,7 +6,7 @@ slide and builds the encoder once for many tasks. No pixel passes through the sc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from dask.base import tokenize
 from numpy.typing import NDArray
 
 from dfx import cluster, kernel
-from dfx.encoders import EncoderLike, EncoderSpec, load_encoder, output
+from dfx.encoders import EncoderLike, EncoderSpec, footprint, load_encoder, output
 from dfx.errors import CallError, CallTypeError, StoreError
 from dfx.grid import PatchGrid
-from dfx.plan import BlockWork, Options, Plan
+from dfx.plan import BlockWork, Head, Options, Plan, head_names
 from dfx.slides import Slide
+from dfx.store import Columns
 
 
 def patches(slide: Slide, grid: PatchGrid, *, block_size: int = 256) -> da.Array:
@@ -34,7 +35,7 @@ def patches(slide: Slide, grid: PatchGrid, *, block_size: int = 256) -> da.Array
     options = Options(block_size=block_size)
     check_pair(slide, grid)
     slide.check_picture(grid.view.level)
-    work = BlockWork.of(slide, grid, None, 0, options)
+    work = BlockWork.of(slide, grid, (), options)
     return map_steps(read_task, work, grid, (*grid.shape_yx, 3), np.dtype(np.uint8), "patches")
 
 
@@ -53,8 +54,9 @@ def features(
     Dask client now. Raises as `load_encoder` does, and `SlideError` when the slide is no picture.
     """
     options = Options(block_size=block_size, batch_size=batch_size, device=device)
-    plan = make_plan(slide, grid, load_encoder(encoder), options)
-    cluster.share(plan.encoder)
+    spec = load_encoder(encoder)
+    plan = make_plan(slide, grid, [spec], options)
+    cluster.share(spec)
     return lazy_features(plan)
 
 
@@ -68,18 +70,29 @@ def check_pair(slide: object, grid: object) -> None:
         raise CallError(f"the grid was made for another slide than {slide.url}: use PatchGrid.over(this slide, ...).")
 
 
-def make_plan(slide: Slide, grid: PatchGrid, encoder: EncoderSpec, options: Options) -> Plan:
-    """Plan a slide: check that its patches can be made, and find what the encoder gives for them."""
+def make_plan(slide: Slide, grid: PatchGrid, encoders: Sequence[EncoderSpec], options: Options) -> Plan:
+    """Plan a slide: check that its patches can be made, and find what the encoders give for them."""
     check_pair(slide, grid)
     slide.check_picture(grid.view.level)
-    dim, dtype = output(encoder, grid.shape_yx)
-    return Plan(slide, grid, encoder, dim, dtype, options)
+    return Plan(slide, grid, make_heads(encoders, grid.shape_yx), options)
+
+
+def make_heads(encoders: Sequence[EncoderSpec], shape_yx: tuple[int, int], channels: int = 3) -> tuple[Head, ...]:
+    """Find what each encoder gives for patches of a shape."""
+    names = head_names(encoders)
+    return tuple(
+        Head(name, encoder, *output(encoder, shape_yx, channels), *footprint(encoder, shape_yx, channels))
+        for name, encoder in zip(names, encoders, strict=True)
+    )
 
 
 def lazy_features(plan: Plan) -> da.Array:
-    """Give a plan's features as a lazy array; a given module is to be shared with the workers before it is computed."""
-    work = BlockWork.of(plan.slide, plan.grid, plan.encoder, plan.dim, plan.options)
-    return map_steps(encode_task, work, plan.grid, (plan.dim,), plan.dtype, "features")
+    """Give a plan's features as a lazy array, several encoders' side by side.
+
+    A given module is to be shared with the workers before it is computed.
+    """
+    work = BlockWork.of(plan.slide, plan.grid, plan.heads, plan.options)
+    return map_steps(encode_task, work, plan.grid, plan.shape[1:], plan.dtype, "features")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +147,7 @@ def map_steps(
     )
 
 
-def written(array: da.Array, target: zarr.Array[Any]) -> da.Array:
+def written(array: da.Array, target: zarr.Array[Any] | Columns) -> da.Array:
     """Give a lazy array whose blocks, computed, write those of `array` to `target`, one chunk each.
 
     One block is one chunk exactly: a chunk shared by two tasks would lose updates (dask#12583).
@@ -146,10 +159,13 @@ def written(array: da.Array, target: zarr.Array[Any]) -> da.Array:
             f"blocks of {array.chunksize} in {array.shape} don't match chunks of {target.chunks} in {target.shape}: "
             f"use block_size={chunk}."
         )
+    if isinstance(target, Columns):
+        lazy: da.Array = da.store(array, target, lock=False, compute=False)
+        return lazy
     nbytes = int(np.prod(target.chunks)) * target.dtype.itemsize
     # to_zarr rechunks to multiples of the chunk up to array.chunk-size; at one chunk it leaves blocks alone.
     with dask.config.set({"array.chunk-size": nbytes}):
-        lazy: da.Array = da.to_zarr(array, target, compute=False)
+        lazy = da.to_zarr(array, target, compute=False)
     if lazy.numblocks[0] != array.numblocks[0]:
         raise StoreError(
             f"Dask made {lazy.numblocks[0]} writes of {array.numblocks[0]} blocks: report this with your dask version."

@@ -53,8 +53,19 @@ def parser() -> argparse.ArgumentParser:
     p = commands.add_parser("extract", help="extract the features of slides into zarr stores; resumes by itself")
     p.set_defaults(command=extract)
     p.add_argument("slides", nargs="+", metavar="SLIDE", help="a slide's file")
-    p.add_argument("--encoder", required=True, metavar="NAME", help="see `dfx encoders`")
-    p.add_argument("--weights", metavar="PATH|random", help="a weights file instead of the published ones")
+    p.add_argument(
+        "--encoder",
+        required=True,
+        action="append",
+        metavar="NAME",
+        help="see `dfx encoders`; may be repeated",
+    )
+    p.add_argument(
+        "--weights",
+        action="append",
+        metavar="PATH|random",
+        help="a weights file instead of the published ones; one for each encoder, in order, or 'random' for all",
+    )
     p.add_argument("--resolution", required=True, type=float, metavar="R", help="at which patches are made")
     p.add_argument("--units", required=True, choices=["mpp", "power", "level", "baseline"], help="of the resolution")
     p.add_argument("--patch", required=True, type=int, metavar="N", help="rows and columns of a patch")
@@ -96,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("store", metavar="STORE")
     p.add_argument("--out", required=True, metavar="PNG")
     p.add_argument("--slide", metavar="PATH", help="where the slide lies now, if it moved")
+    p.add_argument("--encoder", metavar="NAME", help="whose features are drawn, where there are several")
 
     p = commands.add_parser("demo", help="make a slide, extract features, draw them: no network, no data")
     p.set_defaults(command=run_demo)
@@ -114,12 +126,14 @@ def extract(args: argparse.Namespace) -> int:
         raise CallError(
             f"--mask {args.mask} is one slide's mask, but there are {len(args.slides)} slides: run each alone."
         )
+    model: Any = args.encoder if len(args.encoder) > 1 else args.encoder[0]
+    weights: Any = args.weights[0] if args.weights and len(args.weights) == 1 else args.weights
     resolution = int(args.resolution) if args.units == "level" and args.resolution.is_integer() else args.resolution
     masks: list[Any] | None = None if args.mask in ("tissue", "none") else [args.mask] * len(args.slides)
     given = {"mpp": args.slide_mpp, "power": args.slide_power}
     with cluster.connect(args.scheduler) if args.scheduler else nullcontext() as client:
         extractor = DeepFeatureExtractor(
-            args.encoder, args.batch_size, weights=args.weights, device=args.device, verbose=not args.quiet
+            model, args.batch_size, weights=weights, device=args.device, verbose=not args.quiet
         )
         result = extractor.run(
             args.slides,
@@ -200,7 +214,8 @@ def show(args: argparse.Namespace) -> int:
     from dfx.slides import open_slide
     from dfx.store import open_features
 
-    print(write_png(overview(open_features(args.store), open_slide(args.slide) if args.slide else None), args.out))
+    features = open_features(args.store, args.encoder)
+    print(write_png(overview(features, open_slide(args.slide) if args.slide else None), args.out))
     return DONE
 
 

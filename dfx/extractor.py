@@ -9,6 +9,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from dfx import cluster, loose
+from dfx.arrays import make_heads
 from dfx.call import (
     check_count,
     check_workers,
@@ -21,16 +22,17 @@ from dfx.call import (
 from dfx.encoders import EncoderLike, EncoderSpec, check_device, load_encoder
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import check_ratio, whole_pair
-from dfx.plan import Options
+from dfx.plan import Options, head_names
 from dfx.progress import ProgressBar
-from dfx.run import GridOptions, RunResult, raise_failures, run_slides
+from dfx.run import GridOptions, RunResult, one_or_named, raise_failures, run_slides
 from dfx.store import check_folder, check_ours, write_patch_mode
 
 
 class DeepFeatureExtractor:
     """Extract deep features of slides or of loose patches.
 
-    `model`: a name, a `torch.nn.Module` or what `load_encoder` gives; `weights` as there. `batch_size`:
+    `model`: a name, a `torch.nn.Module` or what `load_encoder` gives, or a list of these: tiles are then decoded once
+    for all of them; `weights` as in `load_encoder`, for a list None or one each. `batch_size`:
     patches that the network takes at a time. `num_workers`: decoding threads of the embedded cluster
     (0: one a core). `device`: "auto", or a torch device of the workers. Raises `EncoderError` for a
     model or weights that can't be used.
@@ -38,21 +40,22 @@ class DeepFeatureExtractor:
 
     def __init__(
         self,
-        model: EncoderLike,
+        model: EncoderLike | Sequence[EncoderLike],
         batch_size: int = 64,
         num_workers: int = 0,
-        weights: str | Path | None = None,
+        weights: str | Path | Sequence[str | Path | None] | None = None,
         *,
         device: str = "auto",
         verbose: bool = True,
     ) -> None:
-        self.encoder: EncoderSpec = load_encoder(model, weights=weights)
+        self.encoders: tuple[EncoderSpec, ...] = load_encoders(model, weights)
         self.options = Options(batch_size=batch_size, device=check_device(device))
         self.num_workers = check_workers(num_workers)
         self.verbose = bool(verbose)
 
     def __repr__(self) -> str:
-        return f"DeepFeatureExtractor({self.encoder.name}, {self.options.device}, batch_size={self.options.batch_size})"
+        names = ", ".join(encoder.name for encoder in self.encoders)
+        return f"DeepFeatureExtractor({names}, {self.options.device}, batch_size={self.options.batch_size})"
 
     def run(
         self,
@@ -151,7 +154,7 @@ class DeepFeatureExtractor:
         with cluster_or_client as running, ProgressBar(len(items), show=show) as bar:
             result = run_slides(
                 items,
-                self.encoder,
+                self.encoders,
                 where,
                 options,
                 running,
@@ -174,14 +177,34 @@ class DeepFeatureExtractor:
         overwrite: bool,
     ) -> dict[str, Any] | Path:
         wanted = None if shape is None else whole_pair(shape, "patch_input_shape")
-        patches = loose.gather(images, wanted, any_kind=self.encoder.kind == "tiatoolbox")
+        patches = loose.gather(images, wanted, any_kind=all(e.kind == "tiatoolbox" for e in self.encoders))
         check_count("labels", labels, len(patches.source))
         plain = None if labels is None else [plain_label(label) for label in labels]
         if store is not None:
             check_ours(store)
             if store.exists() and any(store.iterdir()) and not overwrite:
                 raise CallError(f"{store} exists: pass overwrite=True to replace it, or another output_file=.")
-        features = loose.encode_all(patches, self.encoder, options, client or cluster.current_client())
+        heads = make_heads(self.encoders, patches.shape_yx, patches.channels)
+        features = [loose.encode_all(patches, head, options, client or cluster.current_client()) for head in heads]
         if store is not None:
-            return write_patch_mode(store, features, plain, self.encoder.describe(), options.block_size)
-        return {"features": features} | ({} if labels is None else {"labels": labels})
+            return write_patch_mode(store, heads, features, plain, options.block_size)
+        names = [head.name for head in heads]
+        return {"features": one_or_named(names, features)} | ({} if labels is None else {"labels": labels})
+
+
+def load_encoders(
+    model: EncoderLike | Sequence[EncoderLike], weights: str | Path | Sequence[str | Path | None] | None
+) -> tuple[EncoderSpec, ...]:
+    """Load one encoder or several, each with its weights."""
+    if isinstance(model, str) or not isinstance(model, Sequence):
+        if isinstance(weights, Sequence) and not isinstance(weights, str):
+            raise CallTypeError("one model takes one weights=, not a list.")
+        return (load_encoder(model, weights=weights),)
+    if not model:
+        raise CallError("model is an empty list: give at least one encoder.")
+    files = [weights] * len(model) if weights in (None, "random") else weights
+    if isinstance(files, str | Path) or not isinstance(files, Sequence) or len(files) != len(model):
+        raise CallError(f"{len(model)} models need weights=None, 'random', or a list with one for each.")
+    specs = tuple(load_encoder(one, weights=file) for one, file in zip(model, files, strict=True))
+    head_names(specs)
+    return specs

@@ -38,35 +38,29 @@ def read_block(steps_xy: NDArray[Any], work: BlockWork, *, meter: Meter = nullco
 def encode_block(
     steps_xy: NDArray[Any], work: BlockWork, *, threads: int | None = None, meter: Meter = nullcontext
 ) -> NDArray[np.floating[Any]]:
-    """Read and encode a block, a batch at a time: floating (n, D).
+    """Read and encode a block, a batch at a time: floating (n, D), the encoders' features side by side.
 
     `steps_xy` (n, 2): the block's positions in strides. `threads`: how many torch may use on a CPU.
     `meter` times the stages "dfx-read" and "dfx-encode".
     """
-    encoder = work.encoder
-    assert encoder is not None
-    size, shape = work.options.batch_size, work.grid.shape_yx
-    rows = []
+    size, grid = work.options.batch_size, work.grid
+    edges = np.cumsum([0, *(head.dim for head in work.heads)]).tolist()
+    out = np.empty((len(steps_xy), edges[-1]), np.result_type(*(head.dtype for head in work.heads)))
     for start in range(0, len(steps_xy), size):
         origins = work.origins(steps_xy[start : start + size])
         with meter("dfx-read"):
-            patches = read_patches(
-                work.slide,
-                work.grid.view,
-                origins,
-                shape,
-                batch_buffer(len(origins), shape),
-                stride_yx=work.grid.stride_yx,
-            )
-        with meter("dfx-encode"):
-            found = encode(encoder, patches, batch_size=size, device=work.options.device, threads=threads)
-        if found.shape[1] != work.dim:  # it would be broadcast into the output
-            raise EncoderError(
-                f"encoder {encoder.name} gave {found.shape[1]} numbers a patch for {len(origins)} patches, "
-                f"but {work.dim} when it was planned: its width must not depend on the batch."
-            )
-        rows.append(found)
-    return np.concatenate(rows)
+            buffer = batch_buffer(len(origins), grid.shape_yx)
+            patches = read_patches(work.slide, grid.view, origins, grid.shape_yx, buffer, stride_yx=grid.stride_yx)
+        for head, left, right in zip(work.heads, edges, edges[1:], strict=False):
+            with meter("dfx-encode"):
+                found = encode(head.encoder, patches, batch_size=size, device=work.options.device, threads=threads)
+            if found.shape[1] != head.dim:  # it would be broadcast into the output
+                raise EncoderError(
+                    f"encoder {head.name} gave {found.shape[1]} numbers a patch for {len(origins)} patches, "
+                    f"but {head.dim} when it was planned: its width must not depend on the batch."
+                )
+            out[start : start + size, left:right] = found
+    return out
 
 
 def encode_patches(

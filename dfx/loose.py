@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx import cluster, kernel
-from dfx.encoders import EncoderSpec, output
+from dfx.encoders import EncoderSpec
 from dfx.errors import CallError, CallTypeError, DfxError, RunError, SlideError
-from dfx.plan import Options
+from dfx.plan import Head, Options
 
 ENDINGS = (".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
@@ -30,6 +30,11 @@ class Patches:
     """uint8 (N, rows, columns, channels), or (N,) paths."""
     shape_yx: tuple[int, int]
     """Rows and columns of each."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of each."""
+        return int(self.source.shape[3]) if self.source.ndim == 4 else 3
 
 
 def gather(images: object, shape_yx: tuple[int, int] | None, *, any_kind: bool = False) -> Patches:
@@ -121,12 +126,9 @@ def read_and_encode(
     )
 
 
-def encode_all(
-    patches: Patches, encoder: EncoderSpec, options: Options, client: Any = None
-) -> NDArray[np.floating[Any]]:
+def encode_all(patches: Patches, head: Head, options: Options, client: Any = None) -> NDArray[np.floating[Any]]:
     """Encode loose patches, (N, D), on a client's workers (None: on threads of this process)."""
-    channels = patches.source.shape[3] if patches.source.ndim == 4 else 3
-    dim, dtype = output(encoder, patches.shape_yx, channels)
+    encoder, dim, dtype = head.encoder, head.dim, head.dtype
     cluster.share(encoder, client)
     source = patches.source if patches.source.ndim == 4 else patches.source[:, None]
     blocks = da.from_array(source, chunks=(options.block_size, *source.shape[1:]))

@@ -63,10 +63,10 @@ def overview(store: Features, slide: Slide | None = None, max_size: int = 900) -
     titles = (
         f"{Path(slide.url).name}  {slide.dimensions[0]} x {slide.dimensions[1]}",
         f"{len(boxes)} patches of {shape[0]} x {shape[1]} at {patches['resolution']} {units}",
-        f"{store.attrs['encoder']['name']}: first 3 principal components",
+        f"{store.encoder['name']}: first 3 principal components",
     )
-    if store.attrs["encoder"]["weights"] == "random":
-        titles = (*titles[:2], f"{store.attrs['encoder']['name']}, RANDOM WEIGHTS: first 3 components")
+    if store.encoder["weights"] == "random":
+        titles = (*titles[:2], f"{store.encoder['name']}, RANDOM WEIGHTS: first 3 components")
     pictures: list[Picture] = [thumbnail, grid, colours]
     panels = [titled(panel, title) for panel, title in zip(pictures, titles, strict=True)]
     gap = np.full((panels[0].shape[0], GAP, 3), 255, np.uint8)

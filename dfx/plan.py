@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,9 +13,13 @@ from numpy.typing import NDArray
 from dfx.encoders import EncoderSpec
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import PatchGrid
+from dfx.reader import working_memory
 from dfx.resolution import View
 from dfx.slides import Slide
+from dfx.slides.cache import TILES
 
+FLOAT = 4
+"""Bytes of a float32."""
 FORMAT = 1
 """Version of the store's layout; a store of another is not resumed."""
 
@@ -39,27 +45,52 @@ class Options:
             object.__setattr__(self, name, int(value))  # numpy's integers are no JSON
 
 
+@dataclass(frozen=True)
+class Head:
+    """One encoder of a plan, and what it gives."""
+
+    name: str
+    """Its name, unique in the plan."""
+    encoder: EncoderSpec
+    """The encoder."""
+    dim: int
+    """Width of a feature vector."""
+    dtype: np.dtype[Any]
+    """Its data type."""
+    weights: int = 0
+    """Bytes of its parameters."""
+    activations: int = 0
+    """Bytes a patch while it computes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A slide, its grid and its encoder, and so the shape of what comes out."""
+    """A slide, its grid and its encoders, and so the shape of what comes out."""
 
     slide: Slide
     """What is read."""
     grid: PatchGrid
     """Where."""
-    encoder: EncoderSpec
+    heads: tuple[Head, ...]
     """With what."""
-    dim: int
-    """Width of a feature vector."""
-    dtype: np.dtype[Any]
-    """Its data type."""
     options: Options
     """How."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, D) of the features."""
-        return len(self.grid), self.dim
+        """(N, D) of the features of all encoders side by side."""
+        return len(self.grid), sum(head.dim for head in self.heads)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """A data type that holds the features of all encoders."""
+        return np.result_type(*(head.dtype for head in self.heads))
+
+    def split(self, features: NDArray[Any]) -> list[NDArray[Any]]:
+        """Take the features of each encoder out of those of all."""
+        edges = np.cumsum([head.dim for head in self.heads])
+        parts = np.split(features, edges[:-1], axis=1)
+        return [part.astype(head.dtype, copy=False) for part, head in zip(parts, self.heads, strict=True)]
 
     @property
     def blocks(self) -> int:
@@ -74,7 +105,30 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes of features and coordinates."""
-        return len(self.grid) * (self.dim * self.dtype.itemsize + 32)
+        return len(self.grid) * (sum(head.dim * head.dtype.itemsize for head in self.heads) + 32)
+
+    def projected(self, threads: int) -> int:
+        """Bytes that a worker of `threads` threads takes beyond what it has, on a CPU.
+
+        For each thread its tiles, patches, floats and features; for all of them the tiles that are
+        kept for neighbours, the encoders' weights, and the activations of the one that computes.
+        """
+        if not len(self.grid):
+            return 0
+        batch = min(self.options.batch_size, len(self.grid), self.options.block_size)
+        origins = self.grid.origins(self.grid.steps_xy[:batch])
+        pixels = math.prod(self.grid.shape_yx)
+        sizes = [math.prod(head.encoder.input_size or self.grid.shape_yx) for head in self.heads]
+        resized = max((size for size in sizes if size != pixels), default=0)
+        a_thread = (
+            working_memory(self.slide, self.grid.view, origins, self.grid.shape_yx)
+            + batch * 3 * (pixels + (pixels + resized) * FLOAT)
+            + self.options.block_size * self.shape[1] * self.dtype.itemsize
+        )
+        level = self.slide.levels[self.grid.view.level]
+        kept = min(TILES.most, math.prod(level.shape_yx) * 3)
+        shared = sum(head.weights for head in self.heads) + batch * max((h.activations for h in self.heads), default=0)
+        return threads * a_thread + kept + shared
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the stored features depend on, as JSON values: equal exactly when a run may be resumed."""
@@ -90,9 +144,7 @@ class Plan:
             "stride": list(self.grid.stride_yx),
             "patches": len(self.grid),
             "coordinates": self.grid.digest,
-            "encoder": self.encoder.describe(),
-            "dimension": self.dim,
-            "dtype": str(self.dtype),
+            **describe_heads(self.heads, weights=False),
             "block_size": self.options.block_size,
         }
 
@@ -117,13 +169,38 @@ class Plan:
                 "read_scale": list(view.scale_xy),
                 "slide_size": list(view.size_xy),
             },
-            "encoder": {
-                **self.encoder.describe(),
-                "weights": self.encoder.weights,
-                "dimension": self.dim,
-                "dtype": str(self.dtype),
-            },
+            **describe_heads(self.heads),
         }
+
+
+def describe_heads(heads: Sequence[Head], *, weights: bool = True) -> dict[str, Any]:
+    """What a store says of its encoders: "encoder", or "encoders" by name where there are several.
+
+    `weights`: also where they came from, which features do not depend on.
+    """
+
+    def describe(head: Head) -> dict[str, Any]:
+        source = {"weights": head.encoder.weights} if weights else {}
+        return {**head.encoder.describe(), **source, "dimension": head.dim, "dtype": str(head.dtype)}
+
+    if len(heads) == 1:
+        return {"encoder": describe(heads[0])}
+    return {"encoders": {head.name: describe(head) for head in heads}}
+
+
+def head_names(encoders: Sequence[EncoderSpec]) -> list[str]:
+    """Name encoders so that each can be a node of a store; raises `CallError` where one is given twice."""
+    names: list[str] = []
+    for n, encoder in enumerate(encoders):
+        if encoder in encoders[:n]:
+            raise CallError(f"encoder {encoder.name} is given twice: give it once.")
+        name = stem = encoder.name.replace("/", "-")
+        count = 1
+        while name.casefold() in (taken.casefold() for taken in names):
+            count += 1
+            name = f"{stem}-{count}"
+        names.append(name)
+    return names
 
 
 def differences(stored: dict[str, Any], planned: dict[str, Any]) -> list[str]:
@@ -151,18 +228,15 @@ class BlockWork:
     slide: Slide
     grid: PatchGrid
     """Without its steps, which each task brings for its own block."""
-    encoder: EncoderSpec | None
-    """None: the pixels themselves are wanted."""
-    dim: int
-    """Width of the features that were planned."""
+    heads: tuple[Head, ...]
+    """With what; none: the pixels themselves are wanted."""
     options: Options
     """How."""
 
     @classmethod
-    def of(cls, slide: Slide, grid: PatchGrid, encoder: EncoderSpec | None, dim: int, options: Options) -> BlockWork:
+    def of(cls, slide: Slide, grid: PatchGrid, heads: tuple[Head, ...], options: Options) -> BlockWork:
         """Take what tasks need of a plan."""
-        bare = PatchGrid(grid.shape_yx, grid.stride_yx, grid.view, grid.steps_xy[:0])
-        return cls(slide, bare, encoder, dim, options)
+        return cls(slide, PatchGrid(grid.shape_yx, grid.stride_yx, grid.view, grid.steps_xy[:0]), heads, options)
 
     def origins(self, steps_xy: NDArray[Any]) -> NDArray[np.int64]:
         """Top left corners of a block's patches."""
@@ -171,20 +245,14 @@ class BlockWork:
     def __reduce__(self) -> tuple[Any, ...]:
         # Values without field names: every task carries this, and a task is to stay below 4 kB.
         view, options = (tuple(getattr(part, f.name) for f in fields(part)) for part in (self.grid.view, self.options))
-        encoder = self.encoder and self.encoder.values()
-        return _restored, (self.slide, self.grid.shape_yx, self.grid.stride_yx, view, encoder, self.dim, options)
+        heads = tuple((head.name, head.encoder.values(), head.dim, str(head.dtype)) for head in self.heads)
+        return _restored, (self.slide, self.grid.shape_yx, self.grid.stride_yx, view, heads, options)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         grid = self.grid
-        return (
-            "dfx.BlockWork",
-            self.slide.__dask_tokenize__(),
-            grid.shape_yx,
-            grid.stride_yx,
-            grid.view,
-            self.encoder,
-            self.options,
-        )
+        heads = tuple((head.encoder, head.dim) for head in self.heads)
+        place = (grid.shape_yx, grid.stride_yx, grid.view)
+        return "dfx.BlockWork", self.slide.__dask_tokenize__(), *place, heads, self.options
 
 
 def _restored(
@@ -192,9 +260,9 @@ def _restored(
     shape_yx: tuple[int, int],
     stride_yx: tuple[int, int],
     view: tuple[Any, ...],
-    encoder: tuple[Any, ...] | None,
-    dim: int,
+    heads: tuple[tuple[str, tuple[Any, ...], int, str], ...],
     options: tuple[Any, ...],
 ) -> BlockWork:
     grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16))
-    return BlockWork(slide, grid, EncoderSpec(*encoder) if encoder else None, dim, Options(*options))
+    made = tuple(Head(name, EncoderSpec(*values), dim, np.dtype(dtype)) for name, values, dim, dtype in heads)
+    return BlockWork(slide, grid, made, Options(*options))

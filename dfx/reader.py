@@ -132,6 +132,20 @@ def read_patches(
     return out
 
 
+def working_memory(slide: Slide, view: View, origins_xy: NDArray[np.integer], shape_yx: tuple[int, int]) -> int:
+    """Bytes that a thread takes to read these patches at once, the patches themselves not counted."""
+    corners, (w, h) = view.rectangles(origins_xy, shape_yx)
+    boxes = np.concatenate([corners, corners + np.array([w, h])], axis=1)[:, [1, 0, 3, 2]]
+    level = slide.levels[view.level]
+    tile = 2 * int(np.prod(level.tile_yx)) * max(3, level.channels * level.dtype.itemsize)  # compressed and decoded
+    if whole_factor(boxes, (h, w), shape_yx, level):
+        return tile
+    canvases = (
+        boxes[start:stop, 2:].max(axis=0) - boxes[start:stop, :2].min(axis=0) for start, stop in sub_blocks(boxes)
+    )
+    return tile + max((int(yx[0]) * int(yx[1]) * 3 for yx in canvases), default=0)
+
+
 def whole_factor(boxes: NDArray[np.int64], size_yx: tuple[int, int], shape_yx: tuple[int, int], level: Level) -> int:
     """By how much patches are shrunk, where each of their pixels is a square of pixels of one tile; else 0."""
     factor = size_yx[0] // shape_yx[0]

@@ -21,8 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfx
-from dfx.encoders import encode, output
-from dfx.encoders import modules
+from dfx.encoders import encode, modules, output
 from dfx.encoders import network as net
 from dfx.errors import CallError, CallTypeError, EncoderError
 

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 import dfx
-from dfx import store as stores
 from dfx.errors import CallError, CallTypeError, RunError, SlideError, StoreError
 from dfx.slides.synthetic import write_slide
+from dfx.store import layout, writing
 
 
 def expected(path: Path, mask: Any = "tissue") -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -180,7 +180,7 @@ def test_what_is_written_is_not_computed_again(
     assert chunks(features) == whole
     shutil.rmtree(features / "3")
     shutil.rmtree(features / "0")
-    stores.update(tmp_path / "made.zarr", status="running")
+    layout.update(tmp_path / "made.zarr", status="running")
     extractor.run([made_slide], **args)
     resumed = chunks(features)
     assert {k: v[0] for k, v in resumed.items()} == {k: v[0] for k, v in whole.items()}
@@ -273,7 +273,7 @@ def test_a_store_that_was_cut_off_at_its_creation_is_made_again(
     extractor: dfx.DeepFeatureExtractor, made_slide: Path, tmp_path: Path, client: distributed.Client
 ) -> None:
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
-    stores.update(tmp_path / "made.zarr", status="created")
+    layout.update(tmp_path / "made.zarr", status="created")
     shutil.rmtree(tmp_path / "made.zarr" / "features")
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
     assert np.allclose(dfx.open_features(tmp_path / "made.zarr").features.compute(), expected(made_slide)[0], atol=1e-5)
@@ -305,7 +305,7 @@ def test_a_bad_slide_ends_only_itself(
     result = extractor.run(given, on_error="skip", **args)
     assert set(result) == {made_slide}
     assert set(result.failures) == set(given[:3])  # type: ignore[union-attr]
-    attributes = stores.dfx_attributes(tmp_path / "out" / "broken.zarr")
+    attributes = layout.dfx_attributes(tmp_path / "out" / "broken.zarr")
     assert attributes is not None
     assert attributes["status"] == "failed"
     assert "tile 17" in attributes["failure"]
@@ -323,14 +323,14 @@ def test_an_output_that_can_not_be_closed_ends_only_its_slide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = write_slide(tmp_path / "other.svs", 900, 700, seed=1)
-    finish = stores.Store.finish
+    finish = writing.Store.finish
 
-    def full(self: stores.Store) -> None:
+    def full(self: writing.Store) -> None:
         if self.path.name == "made.zarr":
             raise OSError(28, "No space left on device")
         finish(self)
 
-    monkeypatch.setattr(stores.Store, "finish", full)
+    monkeypatch.setattr(writing.Store, "finish", full)
     with pytest.raises(RunError, match=r"made\.zarr can't be closed .* No space left"):
         extractor.run([made_slide, other], save_dir=tmp_path / "out", client=client, **WSI)
     monkeypatch.undo()

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 
 EncoderLike: TypeAlias = "str | nn.Module | EncoderSpec"
 
-__all__ = ["Card", "EncoderLike", "EncoderSpec", "check_device", "encode", "list_encoders", "load_encoder", "output"]
+__all__ = [
+    "Card",
+    "EncoderLike",
+    "EncoderSpec",
+    "check_device",
+    "encode",
+    "footprint",
+    "list_encoders",
+    "load_encoder",
+    "output",
+]
 
 
 def load_encoder(
@@ -102,8 +112,16 @@ def output(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> t
     """Width and dtype of an encoder's features for patches of a shape."""
     from dfx.encoders import network
 
-    dim, dtype = network.probe(spec, shape_yx, channels)
-    return dim, np.dtype(dtype)
+    found = network.probe(spec, shape_yx, channels)
+    return found.dim, np.dtype(found.dtype)
+
+
+def footprint(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> tuple[int, int]:
+    """Bytes of an encoder's weights, and of its activations a patch."""
+    from dfx.encoders import network
+
+    found = network.probe(spec, shape_yx, channels)
+    return found.weights, found.activations
 
 
 def encode(

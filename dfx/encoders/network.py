@@ -6,7 +6,8 @@ import contextlib
 import copy
 import threading
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from dfx.errors import EncoderError
 
 NETWORKS: Kept[Network] = Kept(8)
 """Networks on a device."""
-PROBES: Kept[tuple[int, str]] = Kept(256)
+PROBES: Kept[Probe] = Kept(256)
 """What networks give for patches of a shape."""
 
 
@@ -54,24 +55,83 @@ def parse_device(device: str) -> None:
             raise EncoderError(f"'{device}' is no device: use 'auto', 'cpu', 'cuda' or 'cuda:N'.") from e
 
 
-def probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> tuple[int, str]:
-    """Width and dtype of the features of patches of a shape, from two black patches.
+class Probe(NamedTuple):
+    """What a network gives for patches of a shape, and what it takes."""
+
+    dim: int
+    """Width of a feature vector."""
+    dtype: str
+    """Its data type."""
+    weights: int
+    """Bytes of parameters and buffers."""
+    activations: int
+    """Bytes a patch of the tensors that live at one time at most, the patch itself not counted."""
+
+
+def probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> Probe:
+    """Try a network on two black patches of a shape.
 
     A named network is probed without memory or weights (torch's meta device). A process probes once.
     """
-    return PROBES.get((spec, shape_yx, channels), lambda: _probe(spec, shape_yx, channels))
+    return PROBES.get((spec, shape_yx, channels), lambda: _probe(replace(spec, compiled=False), shape_yx, channels))
 
 
-def _probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int) -> tuple[int, str]:
+def _probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int) -> Probe:
+    largest = [0]
     if spec.kind == "timm":
         with torch.device("meta"):
             module = timm_model(spec)
-            with torch.inference_mode():
+            with torch.inference_mode(), watched(module, largest):
                 size = spec.input_size or shape_yx
                 out = module(torch.empty(2, 3, *size))
-        return int(pool(out, spec, 2).shape[1]), "float32"
-    rows = network(spec, "cpu")(np.zeros((2, *shape_yx, channels), np.uint8), batch_size=2)
-    return rows.shape[1], str(rows.dtype)
+        dim, dtype = int(pool(out, spec, 2).shape[1]), "float32"
+    else:
+        module = module_of(spec)
+        with watched(module, largest):
+            rows = network(spec, "cpu")(np.zeros((2, *shape_yx, channels), np.uint8), batch_size=2)
+        dim, dtype = rows.shape[1], str(rows.dtype)
+    weights = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    return Probe(dim, dtype, weights, max(largest) // 2)
+
+
+@contextlib.contextmanager
+def watched(module: nn.Module, sizes: list[int]) -> Iterator[None]:
+    """Note the bytes of tensors that live when each layer of a module ends, in this thread.
+
+    Those are what it gives and what it and all around it were given, which their callers hold. The
+    module's own input is left out.
+    """
+    thread = threading.get_ident()
+    given: list[list[torch.Tensor]] = []
+
+    def begin(_: nn.Module, inputs: Any) -> None:
+        if threading.get_ident() == thread:
+            given.append(list(tensors(inputs)))
+
+    def end(_: nn.Module, __: Any, out: Any) -> None:
+        if threading.get_ident() == thread and given:
+            alive = {id(t): t for part in [*given, list(tensors(out))] for t in part}
+            own = {id(t) for t in given[0]}
+            sizes.append(sum(t.numel() * t.element_size() for key, t in alive.items() if key not in own))
+            given.pop()
+
+    layers = [layer for layer in module.modules() if not isinstance(layer, torch.jit.ScriptModule)]
+    handles = [layer.register_forward_pre_hook(begin) for layer in layers]
+    handles += [layer.register_forward_hook(end) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in what a layer takes or gives."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
 
 
 class Network:

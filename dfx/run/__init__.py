@@ -23,7 +23,7 @@ from dfx.grid import PatchGrid
 from dfx.plan import Options, Plan
 from dfx.resolution import Units
 from dfx.run.driver import drive
-from dfx.run.job import BlockDone, Event, Item, Job, Planned, SlideDone, SlideFailed, labelled
+from dfx.run.job import BlockDone, Event, Item, Job, Planned, SlideDone, SlideFailed, labelled, one_or_named
 from dfx.store import check_ours, open_features
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "RunResult",
     "SlideDone",
     "SlideFailed",
+    "one_or_named",
     "raise_failures",
     "run_slides",
 ]
@@ -81,7 +82,7 @@ class RunResult(dict[Any, Any]):
 
 def run_slides(
     items: Sequence[Item],
-    encoder: EncoderSpec,
+    encoders: Sequence[EncoderSpec],
     where: GridOptions,
     options: Options,
     client: distributed.Client,
@@ -94,6 +95,7 @@ def run_slides(
 ) -> RunResult:
     """Extract the features of many slides.
 
+    Every tile is decoded once for all encoders.
     `in_memory` gives `{"features", "coordinates"}` a slide, numpy while they fit under
     `memory_threshold` percent, else lazy arrays over a store in `save_dir` (or a temporary folder).
     Slides that fail are in `failures` of the result; nothing is raised for them.
@@ -109,7 +111,7 @@ def run_slides(
     def jobs() -> Iterator[Job | SlideFailed]:
         for item in items:
             try:
-                plan = make_plan(item, encoder, where, options)
+                plan = make_plan(item, encoders, where, options)
                 if in_memory and memory.fits(plan.nbytes, memory_threshold):
                     yield Job.in_memory(item, plan)
                 else:
@@ -121,7 +123,8 @@ def run_slides(
                 log.debug("planning %s", item.address, exc_info=True)
                 yield SlideFailed(item, SlideError(f"{item.address} can't be planned ({type(e).__name__}: {e})."))
 
-    cluster.share(encoder, client)
+    for encoder in encoders:
+        cluster.share(encoder, client)
     outputs: dict[Any, Any] = {}
     for event in drive(client, jobs()):
         if isinstance(event, SlideDone):
@@ -136,7 +139,7 @@ def run_slides(
     return result
 
 
-def make_plan(item: Item, encoder: EncoderSpec, where: GridOptions, options: Options) -> Plan:
+def make_plan(item: Item, encoders: Sequence[EncoderSpec], where: GridOptions, options: Options) -> Plan:
     """Open a slide, lay its grid, and find the shape of its features."""
     slide = item.open()
     grid = PatchGrid.over(
@@ -150,7 +153,7 @@ def make_plan(item: Item, encoder: EncoderSpec, where: GridOptions, options: Opt
     )
     if len(grid) == 0:
         warnings.warn(f"{slide.url} has no patch under its mask: its features are empty.", UserWarning, stacklevel=2)
-    return arrays.make_plan(slide, grid, encoder, options)
+    return arrays.make_plan(slide, grid, encoders, options)
 
 
 def in_arrays(event: SlideDone) -> dict[str, Any]:
@@ -158,7 +161,11 @@ def in_arrays(event: SlideDone) -> dict[str, Any]:
     if isinstance(event.output, dict):
         return event.output
     found = open_features(event.output)
-    return {"features": found.features, "coordinates": found.coordinates} | labelled(event.item)
+    features = [open_features(event.output, name).features for name in found.encoders]
+    return {
+        "features": one_or_named(found.encoders, features),
+        "coordinates": found.coordinates,
+    } | labelled(event.item)
 
 
 def output_names(items: Sequence[Item]) -> dict[Any, str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import dask.array as da
 import numpy as np
@@ -16,6 +17,8 @@ from dfx.errors import DfxError, StoreError
 from dfx.plan import Plan
 from dfx.slides import Slide, open_slide
 from dfx.store import Store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Job:
             store = Store.prepare(path, plan, item.label, overwrite=overwrite)
         except OSError as e:
             raise StoreError(f"{path} can't be written ({e}): check the disk and its permissions.") from e
-        lazy = arrays.written(arrays.lazy_features(plan), store.features) if len(plan.grid) else da.empty((0,))
+        lazy = arrays.written(arrays.lazy_features(plan), store.target) if len(plan.grid) else da.empty((0,))
         return cls(item, plan, lazy, store.missing(), store=store)
 
     def take(self, most: int) -> list[int]:
@@ -108,12 +111,18 @@ class Job:
     def finish(self) -> SlideDone:
         """Close what is done."""
         if self.store is None:
-            return SlideDone(
-                self.item, {"features": self.kept, "coordinates": self.plan.grid.coordinates} | labelled(self.item)
-            )
+            assert self.kept is not None
+            features = one_or_named([head.name for head in self.plan.heads], self.plan.split(self.kept))
+            found = {"features": features, "coordinates": self.plan.grid.coordinates}
+            return SlideDone(self.item, found | labelled(self.item))
         if not self.store.complete:
             self.store.finish()
         return SlideDone(self.item, self.store.path)
+
+
+def one_or_named(names: Sequence[str], features: Sequence[T]) -> T | dict[str, T]:
+    """Give the features of one encoder as they are, those of several by name."""
+    return features[0] if len(features) == 1 else dict(zip(names, features, strict=True))
 
 
 def labelled(item: Item) -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Tiles:
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
+        """Bytes that it may hold."""
         self._held = 0
         self._lock = threading.Lock()
         self._tiles: dict[Any, NDArray[Any]] = {}
@@ -65,7 +66,7 @@ class Tiles:
     def put(self, key: Any, tile: NDArray[Any]) -> None:
         """Keep a copy of a tile; the oldest beyond the bound go."""
         size = tile.nbytes
-        if size > self._most // 4:
+        if size > self.most // 4:
             return
         tile = tile.copy()
         with self._lock:
@@ -73,7 +74,7 @@ class Tiles:
                 return
             self._tiles[key] = tile
             self._held += size
-            while self._held > self._most:
+            while self._held > self.most:
                 self._held -= self._tiles.pop(next(iter(self._tiles))).nbytes
 
     def clear(self) -> None:
