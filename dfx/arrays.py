@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import dask
 import dask.array as da
@@ -26,13 +26,15 @@ from dfx.slides import Slide
 from dfx.store import Columns
 
 
-def patches(slide: Slide, grid: PatchGrid, *, block_size: int = 256) -> da.Array:
+def patches(
+    slide: Slide, grid: PatchGrid, *, block_size: int = 256, reading: Literal["exact", "fast"] = "exact"
+) -> da.Array:
     """Give a grid's patches as a lazy uint8 array (N, rows, columns, 3), `block_size` patches a chunk.
 
     Row i is the patch at `grid.coordinates[i]`. Raises `SlideError` when the slide's channels are
-    no colours.
+    no colours. `reading`: see `Options`.
     """
-    options = Options(block_size=block_size)
+    options = Options(block_size=block_size, reading=reading)
     check_pair(slide, grid)
     slide.check_picture(grid.view.level)
     work = BlockWork.of(slide, grid, (), options)
@@ -47,13 +49,14 @@ def features(
     block_size: int = 256,
     batch_size: int = 64,
     device: str = "auto",
+    reading: Literal["exact", "fast"] = "exact",
 ) -> da.Array:
     """Give a grid's features as a lazy array (N, D): row i belongs to `grid.coordinates[i]`.
 
     `encoder`: what `load_encoder` takes or gives. A module is handed to the workers of the current
     Dask client now. Raises as `load_encoder` does, and `SlideError` when the slide is no picture.
     """
-    options = Options(block_size=block_size, batch_size=batch_size, device=device)
+    options = Options(block_size=block_size, batch_size=batch_size, device=device, reading=reading)
     spec = load_encoder(encoder)
     plan = make_plan(slide, grid, [spec], options)
     cluster.share(spec)

@@ -90,6 +90,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto", metavar="D", help="torch device of the workers (default: auto)")
     p.add_argument("--batch-size", type=int, default=64, metavar="N", help="patches a forward pass (default: 64)")
     p.add_argument(
+        "--reading",
+        choices=["exact", "fast"],
+        default="exact",
+        help="fast: shrink JPEG tiles while decoding, where patches are shrunk by an even factor; not quite the same",
+    )
+    p.add_argument(
         "--memory-threshold", type=float, default=80, metavar="P", help="percent of memory to stay below (default: 80)"
     )
     p.add_argument("--storage-options", type=json.loads, metavar="JSON", help="options of the file systems")
@@ -146,6 +152,7 @@ def extract(args: argparse.Namespace) -> int:
             overwrite=args.overwrite,
             output_type="zarr",
             auto_get_mask=args.mask == "tissue",
+            reading=args.reading,
             memory_threshold=args.memory_threshold,
             wsireader_kwargs={name: value for name, value in given.items() if value is not None},
             storage_options=args.storage_options,

@@ -79,6 +79,7 @@ class DeepFeatureExtractor:
         client: Any = None,
         on_error: Literal["raise", "skip"] = "raise",
         block_size: int = 256,
+        reading: Literal["exact", "fast"] = "exact",
         batch_size: int | None = None,
         num_workers: int | None = None,
         device: str | None = None,
@@ -107,8 +108,9 @@ class DeepFeatureExtractor:
         - `wsireader_kwargs`: `mpp` and `power` that go before the slides' own.
         - `client`: a Dask client; None: the current one, else a cluster inside this process.
         - `on_error`: "raise" a `RunError` when the other slides are done, or "skip" (see `.failures`).
-        - `block_size`: patches in a block, the unit of work and resume. `batch_size`, `num_workers`,
-          `device`, `verbose`: as in the constructor, for this call.
+        - `block_size`: patches in a block, the unit of work and resume. `reading`: "fast" shrinks JPEG tiles
+          while they are decoded where patches are shrunk by an even factor; close to "exact", not equal.
+          `batch_size`, `num_workers`, `device`, `verbose`: as in the constructor, for this call.
         - `output_file`: name of the store in patch mode. `return_probabilities`, `class_dict`,
           `scale_factor` and `return_labels` are taken for TIAToolbox's sake and change nothing:
           labels are given back when they are given.
@@ -120,6 +122,7 @@ class DeepFeatureExtractor:
             block_size=block_size,
             batch_size=self.options.batch_size if batch_size is None else batch_size,
             device=self.options.device if device is None else check_device(device),
+            reading=reading,
         )
         threads = self.num_workers if num_workers is None else check_workers(num_workers)
         if output_type not in ("dict", "zarr"):

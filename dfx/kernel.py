@@ -28,11 +28,24 @@ def batch_buffer(n: int, shape_yx: tuple[int, int]) -> NDArray[np.uint8]:
     return buffer[:n]
 
 
+def read(steps_xy: NDArray[Any], work: BlockWork, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    """Read the patches at some positions of a grid, uint8 (n, rows, columns, 3)."""
+    grid = work.grid
+    return read_patches(
+        work.slide,
+        grid.view,
+        grid.origins(steps_xy),
+        grid.shape_yx,
+        out,
+        stride_yx=grid.stride_yx,
+        fast=work.options.fast,
+    )
+
+
 def read_block(steps_xy: NDArray[Any], work: BlockWork, *, meter: Meter = nullcontext) -> NDArray[np.uint8]:
     """Read a block's patches, uint8 (n, rows, columns, 3)."""
     with meter("dfx-read"):
-        grid = work.grid
-        return read_patches(work.slide, grid.view, work.origins(steps_xy), grid.shape_yx, stride_yx=grid.stride_yx)
+        return read(steps_xy, work)
 
 
 def encode_block(
@@ -43,20 +56,19 @@ def encode_block(
     `steps_xy` (n, 2): the block's positions in strides. `threads`: how many torch may use on a CPU.
     `meter` times the stages "dfx-read" and "dfx-encode".
     """
-    size, grid = work.options.batch_size, work.grid
+    size = work.options.batch_size
     edges = np.cumsum([0, *(head.dim for head in work.heads)]).tolist()
     out = np.empty((len(steps_xy), edges[-1]), np.result_type(*(head.dtype for head in work.heads)))
     for start in range(0, len(steps_xy), size):
-        origins = work.origins(steps_xy[start : start + size])
+        batch = steps_xy[start : start + size]
         with meter("dfx-read"):
-            buffer = batch_buffer(len(origins), grid.shape_yx)
-            patches = read_patches(work.slide, grid.view, origins, grid.shape_yx, buffer, stride_yx=grid.stride_yx)
+            patches = read(batch, work, batch_buffer(len(batch), work.grid.shape_yx))
         for head, left, right in zip(work.heads, edges, edges[1:], strict=False):
             with meter("dfx-encode"):
                 found = encode(head.encoder, patches, batch_size=size, device=work.options.device, threads=threads)
             if found.shape[1] != head.dim:  # it would be broadcast into the output
                 raise EncoderError(
-                    f"encoder {head.name} gave {found.shape[1]} numbers a patch for {len(origins)} patches, "
+                    f"encoder {head.name} gave {found.shape[1]} numbers a patch for {len(batch)} patches, "
                     f"but {head.dim} when it was planned: its width must not depend on the batch."
                 )
             out[start : start + size, left:right] = found

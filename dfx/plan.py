@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Options:
-    """How the work is done. None of it changes what is stored beyond rounding, but `block_size` its chunks."""
+    """How the work is done. Only `block_size` (chunks) and `reading` change what is stored beyond rounding."""
 
     block_size: int = 256
     """Patches in a block: one Dask block, one zarr chunk, one unit of work and resume."""
@@ -34,6 +35,8 @@ class Options:
     """Patches that the network takes at a time."""
     device: str = "auto"
     """Torch device on the workers; "auto" is the GPU where there is one."""
+    reading: Literal["exact", "fast"] = "exact"
+    """"fast": JPEG tiles are shrunk while they are decoded where patches are shrunk by an even factor."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "batch_size"):
@@ -43,6 +46,15 @@ class Options:
             if not 1 <= value < 2**24:
                 raise CallError(f"{name} must be at least 1 patch and below {2**24}, not {value}.")
             object.__setattr__(self, name, int(value))  # numpy's integers are no JSON
+        if self.reading not in ("exact", "fast"):
+            raise CallError(f"reading must be 'exact' or 'fast', not {self.reading!r}.")
+        if self.fast and importlib.util.find_spec("simplejpeg") is None:
+            raise CallError("reading='fast' needs simplejpeg: pip install dfx[fast], here and on the workers.")
+
+    @property
+    def fast(self) -> bool:
+        """Whether `reading` is "fast"."""
+        return self.reading == "fast"
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,7 @@ class Plan:
             "coordinates": self.grid.digest,
             **describe_heads(self.heads, weights=False),
             "block_size": self.options.block_size,
+            "reading": self.options.reading,
         }
 
     def describe(self) -> dict[str, Any]:
@@ -168,6 +181,7 @@ class Plan:
                 "level": view.level,
                 "read_scale": list(view.scale_xy),
                 "slide_size": list(view.size_xy),
+                "reading": self.options.reading,
             },
             **describe_heads(self.heads),
         }
@@ -237,10 +251,6 @@ class BlockWork:
     def of(cls, slide: Slide, grid: PatchGrid, heads: tuple[Head, ...], options: Options) -> BlockWork:
         """Take what tasks need of a plan."""
         return cls(slide, PatchGrid(grid.shape_yx, grid.stride_yx, grid.view, grid.steps_xy[:0]), heads, options)
-
-    def origins(self, steps_xy: NDArray[Any]) -> NDArray[np.int64]:
-        """Top left corners of a block's patches."""
-        return self.grid.origins(steps_xy)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Values without field names: every task carries this, and a task is to stay below 4 kB.

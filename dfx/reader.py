@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dfx.resolution import View
 from dfx.slides import Slide
+from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level
 from dfx.slides.slide import paste
 
@@ -96,13 +97,16 @@ def read_patches(
     out: NDArray[np.uint8] | None = None,
     *,
     stride_yx: tuple[int, int] | None = None,
+    fast: bool = False,
 ) -> NDArray[np.uint8]:
     """Read patches, uint8 RGB (N, rows, columns, 3).
 
     `origins_xy`: int (N, 2), top left corners (x, y) at the view's resolution; `stride_yx`: from one
     to the next where they are some of a grid, so that tiles on their border are kept for the
     others. Pixels beyond the slide are white (255). A patch that needs no resampling has the file's
-    own pixels; shrinking averages areas, enlarging is cubic. Raises `SlideError` when a tile can't be read.
+    own pixels; shrinking averages areas, enlarging is cubic. `fast`: JPEG tiles that are shrunk by
+    a whole factor are halved while they are decoded, as often as the factor allows. Raises
+    `SlideError` when a tile can't be read.
     """
     h, w = shape_yx
     if out is None:
@@ -116,8 +120,11 @@ def read_patches(
     factor = whole_factor(boxes, (h, w), shape_yx, level)
     if factor:
         out[beyond] = 255
-        for tile, at, touching in slide.tiles(view.level, boxes, rgb=True, pitch_yx=pitch):
-            spread(tile, at, boxes, touching, out, factor)
+        divides = (n for n in SHRINKS if fast and factor % n == 0 and slide.can_shrink(view.level, n))
+        shrink = next(divides, 1)
+        corners_yx = boxes[:, :2] // shrink
+        for tile, (y, x), touching in slide.tiles(view.level, boxes, rgb=True, pitch_yx=pitch, shrink=shrink):
+            spread(tile, (y // shrink, x // shrink), corners_yx, touching, out, factor // shrink)
         return out
     for start, stop in sub_blocks(boxes):
         part = boxes[start:stop]
@@ -157,7 +164,7 @@ def whole_factor(boxes: NDArray[np.int64], size_yx: tuple[int, int], shape_yx: t
 def spread(
     tile: NDArray[np.uint8],
     at_yx: tuple[int, int],
-    boxes: NDArray[np.int64],
+    corners_yx: NDArray[np.int64],
     touching: list[int],
     out: NDArray[np.uint8],
     factor: int,
@@ -176,7 +183,7 @@ def spread(
         tile = np.asarray(small, np.uint8).reshape(rows, columns, 3)
     y, x = at_yx
     for i in touching:
-        top, left = boxes[i, :2].tolist()
+        top, left = corners_yx[i].tolist()
         paste(out[i], tile, ((y - top) // factor, (x - left) // factor))
 
 

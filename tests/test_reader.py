@@ -233,3 +233,32 @@ def test_a_thread_reuses_its_canvas_and_no_other_threads() -> None:
     thread.start()
     thread.join()
     assert others == [False]
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "synthetic/syn_aperio_jpeg_rgb.svs", "made"])
+def test_fast_reading_is_close_to_the_average_of_areas_and_is_asked_for(
+    name: str, factor: int, made_slide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg")
+    slide = dfx.open_slide(made_slide if name == "made" else shared(f"slides/{name}"), mpp=0.25)
+    width, height = (size // factor for size in slide.dimensions)
+    xy = np.array([(x, y) for y in range(0, height, 24) for x in range(0, width, 48)])
+    view = View(0, (1 / factor, 1 / factor), 1.0, (width, height), 1 / factor, "baseline")
+    exact = reader.read_patches(slide, view, xy, (24, 48))
+    calls = counted(slide, monkeypatch)
+    fast = reader.read_patches(slide, view, xy, (24, 48), fast=True)
+    off = np.abs(exact.astype(int) - fast)
+    assert len(calls) == len(set(calls)) > 0
+    assert 0 < off.mean() < 4
+    assert np.abs(exact.mean((0, 1, 2)) - fast.mean((0, 1, 2))).max() < 1  # no shift of colour
+
+
+@pytest.mark.parametrize("name", ["aperio_j2k.svs", "generic_webp.tif", "philips_sparse.tiff", "strips.tif"])
+def test_fast_reading_changes_nothing_where_it_can_do_nothing(name: str) -> None:
+    pytest.importorskip("simplejpeg")
+    slide = dfx.open_slide(shared(f"slides/synthetic/syn_{name}"), mpp=0.25)
+    for mpp in (0.25, 0.6):
+        grid = dfx.PatchGrid.over(slide, shape=48, resolution=mpp, mask=None)
+        fast = dfx.patches(slide, grid, reading="fast").compute(scheduler="sync")
+        assert np.array_equal(fast, dfx.patches(slide, grid).compute(scheduler="sync"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +12,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
+from dfx.slides.jpeg import UsualJpeg
 from dfx.slides.level import Colour, Decode
 
 JPEG, JPEG2000, JPEGXR = (6, 7), (33003, 33004, 33005, 34712), (22610, 34934)
@@ -42,7 +41,7 @@ def colour_of(page: Any, pages: int) -> Colour:
 def decoder(page: Any, keyframe: Any, base: int) -> Decode:
     """Make a page's decoder: a pure function of bytes, so safe in threads."""
     decode = keyframe.decode
-    into = jpeg_decoder(page, keyframe)
+    usual = UsualJpeg.of(page, keyframe)
     decode(None, 0)  # an unknown compression or layout is an error now, not at the first tile
     compression, photometric = int(keyframe.compression), int(keyframe.photometric)
     tables, header = page.jpegtables, getattr(page, "jpegheader", None)  # frames have no header of their own
@@ -68,51 +67,14 @@ def decoder(page: Any, keyframe: Any, base: int) -> Decode:
     def decode_tile(data: bytes, index: int, *, scratch: bool) -> NDArray[Any]:
         if complete and not complete(data):
             raise ValueError("it is cut short")
-        if into and scratch:
+        if usual and scratch:
             with contextlib.suppress(ValueError):  # another size than the page's: left to tifffile
-                return into(data)
+                return usual.decode(data)
         segment, _, _ = decode(data, base + index, jpegtables=tables, jpegheader=header)
         tile: NDArray[Any] = segment[0]
         return after(tile, data) if after else tile
 
     return decode_tile
-
-
-def jpeg_decoder(page: Any, keyframe: Any) -> Callable[[bytes], NDArray[np.uint8]] | None:
-    """Decode usual JPEG tiles into this thread's buffer, by the call that tifffile makes; None for other pages."""
-    usual = keyframe.compression == 7 and keyframe.is_tiled and page.dtype == np.uint8 and not page.extrasamples
-    if not usual or (page.samplesperpixel, page.planarconfig) != (3, 1) or keyframe.photometric not in (2, 6):
-        return None
-    if getattr(page, "jpegheader", None):
-        return None
-    tables, shape = page.jpegtables, (keyframe.tilelength, keyframe.tilewidth, 3)
-    colorspace = 2 if keyframe.photometric == 2 and not keyframe.is_jfif else None  # Aperio stores RGB in JPEG
-
-    def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
-        out: NDArray[np.uint8] = imagecodecs.jpeg8_decode(
-            data, tables=tables, colorspace=colorspace, outcolorspace=2, out=scratch_buffer(shape)
-        )
-        return out
-
-    return decode_jpeg
-
-
-_thread = threading.local()
-
-
-def scratch_buffer(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Give this thread's buffer for a tile.
-
-    It begins 16 bytes after a multiple of 32: libjpeg-turbo writes rows that are aligned to 32
-    bytes past the cache, and what is copied right away is faster from the cache (a third a tile).
-    """
-    buffer: NDArray[np.uint8] | None = getattr(_thread, "buffer", None)
-    if buffer is None or buffer.shape != shape:
-        size = math.prod(shape)
-        memory = np.empty(size + 64, np.uint8)
-        start = (16 - memory.ctypes.data) % 32
-        buffer = _thread.buffer = memory[start : start + size].reshape(shape)
-    return buffer
 
 
 def samples_of(keyframe: Any) -> int:

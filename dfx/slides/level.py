@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
@@ -40,6 +41,8 @@ class TileGrid:
     """(planes, rows, columns) bytes of each tile; 0 where the file has none."""
     decoders: tuple[Decode, ...]
     """One a plane."""
+    shrunk: Callable[[bytes, int], NDArray[np.uint8]] | None = None
+    """Decodes a tile to a half, quarter or eighth of its size (see `UsualJpeg`); None: this page's can't be."""
 
     @cached_property
     def present(self) -> NDArray[np.bool_]:

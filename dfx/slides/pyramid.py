@@ -10,6 +10,7 @@ import numpy as np
 from dfx.errors import SlideError
 from dfx.slides import vendors
 from dfx.slides.decode import colour_of, decoder
+from dfx.slides.jpeg import UsualJpeg
 from dfx.slides.level import Level, TileGrid
 
 CODECS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003: "JPEG 2000 (YCbCr)"}
@@ -175,4 +176,13 @@ def tile_grid(pages: list[Any], keyframe: Any, shape: tuple[int, int], origin: t
         offsets.append(np.array(page.dataoffsets, np.int64).reshape(in_page, *grid))
         counts.append(np.array(page.databytecounts, np.int64).reshape(in_page, *grid))
         decoders += [decoder(page, keyframe, plane * grid[0] * grid[1]) for plane in range(in_page)]
-    return TileGrid(origin, shape, tile, np.concatenate(offsets), np.concatenate(counts), tuple(decoders))
+    usual = UsualJpeg.of(pages[0], keyframe) if len(decoders) == 1 else None
+    return TileGrid(
+        origin,
+        shape,
+        tile,
+        np.concatenate(offsets),
+        np.concatenate(counts),
+        tuple(decoders),
+        usual.shrunk if usual else None,
+    )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dfx import resolution as res
 from dfx.errors import CallTypeError, ResolutionError, SlideError
 from dfx.slides.cache import OPENED, TILES
+from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level, TileGrid, as_rgb
 from dfx.slides.source import ByteSource
 from dfx.tissue import tissue_mask
@@ -97,15 +98,22 @@ class Slide:
         )
 
     def tiles(
-        self, n: int, boxes: NDArray[np.int64], *, rgb: bool, pitch_yx: tuple[float, float] | None = None
+        self,
+        n: int,
+        boxes: NDArray[np.int64],
+        *,
+        rgb: bool,
+        pitch_yx: tuple[float, float] | None = None,
+        shrink: int = 1,
     ) -> Iterator[tuple[NDArray[Any], tuple[int, int], list[int]]]:
         """Decode each tile that a box touches, once: its pixels, where they lie, and which boxes touch it.
 
         `boxes` is int (N, 4) as (y0, x0, y1, x1) on the level. Gives (rows, columns, channels)
         without what is padded beyond the level, which may be overwritten when the next is asked for;
         (y, x) on the level; and indices of `boxes`. `pitch_yx`: pixels of the level from one box to the next,
-        where the boxes are some of a lattice: tiles that others of it touch are kept for them. Raises
-        `SlideError` that names the tile.
+        where the boxes are some of a lattice: tiles that others of it touch are kept for them. `shrink`:
+        tiles are decoded to so small a part of their size, where `can_shrink` says so. Raises `SlideError`
+        that names the tile.
         """
         level = self.levels[n]
         if rgb:
@@ -114,18 +122,25 @@ class Slide:
             touching = part.touching(boxes)
             shared = set() if pitch_yx is None else part.shared(touching, boxes, pitch_yx)
             for r, c in touching:
-                key = self.source.serial, n, p, r, c, rgb
+                key = self.source.serial, n, p, r, c, rgb, shrink
                 tile = TILES.get(key) if (r, c) in shared else None
                 if tile is None:
-                    tile = self._decode(n, part, r, c, scratch=True)
+                    tile = self._decode(n, part, r, c, scratch=True, shrink=shrink)
                     tile = as_rgb(tile, level.colour) if rgb else tile
                     if (r, c) in shared:
                         TILES.put(key, tile)
                 y, x = r * part.tile_yx[0], c * part.tile_yx[1]
-                inside = tile[: part.shape_yx[0] - y, : part.shape_yx[1] - x]
+                inside = tile[: -(-(part.shape_yx[0] - y) // shrink), : -(-(part.shape_yx[1] - x) // shrink)]
                 yield inside, (part.origin_yx[0] + y, part.origin_yx[1] + x), touching[r, c]
 
-    def _decode(self, n: int, part: TileGrid, row: int, column: int, *, scratch: bool = False) -> NDArray[Any]:
+    def can_shrink(self, n: int, by: int) -> bool:
+        """Whether a level's tiles can be decoded to a part of their size."""
+        level = self.levels[n]
+        return level.colour == "rgb" and by in SHRINKS and all(part.shrunk for part in level.parts)
+
+    def _decode(
+        self, n: int, part: TileGrid, row: int, column: int, *, scratch: bool = False, shrink: int = 1
+    ) -> NDArray[Any]:
         index = row * part.offsets.shape[2] + column
         at = [(int(o), int(c)) for o, c in zip(part.offsets[:, row, column], part.counts[:, row, column], strict=True)]
         name = f"tile {index} (row {row}, column {column}) of level {n} of {self.url}"
@@ -136,12 +151,16 @@ class Slide:
         planes = []
         for data, decode in zip(self.source.read(at), part.decoders, strict=True):
             try:
-                planes.append(decode(data, index, scratch=scratch and len(at) == 1))
+                if shrink > 1:
+                    assert part.shrunk is not None
+                    planes.append(part.shrunk(data, shrink))
+                else:
+                    planes.append(decode(data, index, scratch=scratch and len(at) == 1))
             except Exception as e:  # codecs raise many kinds; none of them says which tile
                 raise SlideError(f"{name} can't be decoded ({e}): the file is damaged; copy or export it again.") from e
         tile = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
         needed = [
-            min(size, whole - i * size)
+            -(-min(size, whole - i * size) // shrink)
             for size, whole, i in zip(part.tile_yx, part.shape_yx, (row, column), strict=True)
         ]
         if tile.shape[0] < needed[0] or tile.shape[1] < needed[1] or tile.shape[2] != self.levels[n].channels:
