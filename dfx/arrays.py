@@ -6,7 +6,7 @@ slide and builds the encoder once for many tasks. No pixel passes through the sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,10 @@ import dask
 import dask.array as da
 import numpy as np
 import zarr
+from dask import core
+from dask._task_spec import Alias, GraphNode
 from dask.base import tokenize
+from dask.typing import Key
 from numpy.typing import NDArray
 
 from dfx import cluster, kernel
@@ -148,6 +151,42 @@ def map_steps(
         meta=np.empty((0,) * (len(row_shape) + 1), dtype),
         name=f"{name}-{token}",
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Tasks:
+    """What makes each block of a lazy array by itself, in the order of the blocks.
+
+    Slicing the array for every few blocks would send the graph of all to the scheduler each time.
+    """
+
+    keys: tuple[Key, ...]
+    """Of each block's last task."""
+    graph: Mapping[Key, GraphNode]
+    """All tasks of all blocks."""
+
+    @classmethod
+    def of(cls, lazy: da.Array) -> Tasks:
+        """Optimise a lazy array: reading, encoding and writing a block become one task."""
+        (optimised,) = dask.optimize(lazy)
+        graph = dict(optimised.__dask_graph__())
+        keys = []
+        for key in core.flatten(optimised.__dask_keys__()):
+            while isinstance(node := graph[key], Alias):  # a task of its own to the scheduler
+                key = node.target
+            keys.append(key)
+        return cls(tuple(keys), graph)
+
+    def part(self, blocks: Sequence[int]) -> dict[Key, GraphNode]:
+        """Give what makes some blocks, and nothing more."""
+        found: dict[Key, GraphNode] = {}
+        wanted = [self.keys[block] for block in blocks]
+        while wanted:
+            key = wanted.pop()
+            if key not in found:
+                found[key] = self.graph[key]
+                wanted += self.graph[key].dependencies
+        return found
 
 
 def written(array: da.Array, target: zarr.Array[Any] | Columns) -> da.Array:

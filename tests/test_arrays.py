@@ -75,6 +75,19 @@ def test_one_task_a_block_below_4_kb_however_large_the_slide(
         assert max(len(cloudpickle.dumps(task)) for task in graph(lazy).values()) < 4096
 
 
+def test_a_run_sends_one_task_a_block_and_nothing_of_other_blocks(
+    slide: dfx.Slide, grid: dfx.PatchGrid, tmp_path: Path
+) -> None:
+    plan = arrays.make_plan(slide, grid, [dfx.load_encoder(Means())], Options(block_size=4))
+    store = Store.prepare(tmp_path / "a.zarr", plan)
+    tasks = arrays.Tasks.of(arrays.written(arrays.lazy_features(plan), store.target))
+    assert len(set(tasks.keys)) == plan.blocks
+    some = tasks.part([1, 3])
+    assert some.keys() == {tasks.keys[1], tasks.keys[3]}  # neither an alias nor a neighbour
+    dask.get(some, [tasks.keys[1], tasks.keys[3]])
+    assert store.missing() == [block for block in range(plan.blocks) if block not in (1, 3)]
+
+
 def test_no_pixel_and_no_weight_travels_with_a_task(slide: dfx.Slide, grid: dfx.PatchGrid) -> None:
     import torch
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 
 import distributed
-import numpy as np
+from dask.highlevelgraph import HighLevelGraph
 
 from dfx.errors import DfxError, RunError, SlideError, StoreError
 from dfx.run.job import BlockDone, Event, Job, Planned, SlideDone, SlideFailed
@@ -19,6 +20,8 @@ PATIENCE = 60
 """Seconds that a run waits for a cluster to have any worker."""
 WINDOW = 3
 """Blocks submitted and unfinished, for each thread of the cluster."""
+LEAST = 16
+"""Blocks submitted and unfinished on a small cluster: a message to the scheduler costs as much as some of them."""
 
 
 def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iterator[Event]:
@@ -35,8 +38,9 @@ def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iter
     window, asked = 0, -math.inf
     while True:
         if time.monotonic() - asked > 1:  # workers come and go; asking is a round trip
-            window, asked = WINDOW * max(1, sum(client.nthreads().values())), time.monotonic()
-        while not exhausted and len(flying) < window:
+            window, asked = max(LEAST, WINDOW * sum(client.nthreads().values())), time.monotonic()
+        filling = len(flying) <= window // 2  # many blocks a message
+        while filling and not exhausted and len(flying) < window:
             if current is None or not current.todo or current.failed:
                 following = next(waiting, None)
                 if following is None:
@@ -49,49 +53,49 @@ def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iter
                     if not current.todo:
                         yield close(current)
                 continue
-            for block, future in submit(
-                client, current, current.take(max(1, min(window - len(flying), window // WINDOW)))
-            ):
-                flying[future] = (current, block)
-                finished.add(future)
+            started = submit(client, current, current.take(window - len(flying)))
+            finished.update(future for _, future in started)
+            flying |= {future: (current, block) for block, future in started}
         if not flying:
             return
-        future = next_finished(client, finished)
-        job, block = flying.pop(future)
-        if job.failed:
-            continue
-        rows = job.plan.rows(block)
-        error = failure(future, job, block)
-        if error is not None:
-            job.failed = True
-            for other in [f for f, (owner, _) in flying.items() if owner is job]:
-                other.cancel()
-            yield give_up(job, error)
-            continue
-        if job.kept is not None:
-            job.kept[rows] = future.result()
-        job.unfinished -= 1
-        yield BlockDone(job.item, rows.stop - rows.start)
-        if not job.unfinished:
-            yield close(job)
+        for future in next_finished(client, finished):
+            job, block = flying.pop(future)
+            if job.failed:
+                continue
+            error = failure(future, job, block)
+            if error is not None:
+                job.failed = True
+                for other in [f for f, (owner, _) in flying.items() if owner is job]:
+                    other.cancel()
+                yield give_up(job, error)
+                continue
+            rows = job.plan.rows(block)
+            if job.kept is not None:
+                job.kept[rows] = future.result()
+            job.unfinished -= 1
+            yield BlockDone(job.item, rows.stop - rows.start)
+            if not job.unfinished:
+                yield close(job)
 
 
-def next_finished(client: distributed.Client, finished: distributed.as_completed) -> distributed.Future:
-    """Wait for a block; raises `RunError` when the cluster has had no worker for `PATIENCE` seconds."""
+def next_finished(client: distributed.Client, finished: distributed.as_completed) -> list[distributed.Future]:
+    """Wait for blocks; raises `RunError` when the cluster has had no worker for `PATIENCE` seconds."""
     alone = time.monotonic()
     while not finished.has_ready():
-        time.sleep(0.002)
-        if time.monotonic() - alone > 1 and client.nthreads():
-            alone = time.monotonic()
+        with finished.thread_condition:
+            if finished.has_ready() or finished.thread_condition.wait(timeout=1):
+                continue
         if client.status != "running":
             raise RunError(f"client {client.id} is {client.status}: connect again; running again resumes.")
+        if client.nthreads():
+            alone = time.monotonic()
         if time.monotonic() - alone > PATIENCE:
             raise RunError(
                 f"the cluster at {client.scheduler.address} has had no worker for {PATIENCE} seconds: "
                 "start workers; running again resumes."
             )
-    future: distributed.Future = next(finished)
-    return future
+    batch: list[distributed.Future] = finished.next_batch(block=False)
+    return batch
 
 
 def remaining(job: Job) -> int:
@@ -101,11 +105,12 @@ def remaining(job: Job) -> int:
 
 
 def submit(client: distributed.Client, job: Job, blocks: list[int]) -> list[tuple[int, distributed.Future]]:
-    """Start a run of neighbouring blocks; gives (block, future)."""
-    held = client.persist(job.lazy.blocks[blocks[0] : blocks[-1] + 1])
-    futures = {future.key: future for future in distributed.futures_of(held)}
-    keys = np.array(held.__dask_keys__(), dtype=object).reshape(len(blocks), -1, len(held.shape) + 1)
-    return [(block, futures[tuple(key[0])]) for block, key in zip(blocks, keys, strict=True)]
+    """Start some blocks; gives (block, future)."""
+    keys = [job.tasks.keys[block] for block in blocks]
+    # As a high level graph: the client would hash a low level one anew, which costs as much as scheduling it.
+    graph = HighLevelGraph.from_collections(f"blocks-{uuid.uuid4().hex}", job.tasks.part(blocks))
+    futures = client.get(graph, keys, sync=False)
+    return list(zip(blocks, futures, strict=True))
 
 
 def failure(future: distributed.Future, job: Job, block: int) -> DfxError | None:

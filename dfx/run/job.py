@@ -68,8 +68,8 @@ class Job:
 
     item: Item
     plan: Plan
-    lazy: da.Array
-    """One block a task: it writes the block, or gives it."""
+    tasks: arrays.Tasks
+    """One a block: it writes the block, or gives it."""
     todo: list[int]
     """Blocks not yet submitted, in order."""
     store: Store | None = None
@@ -87,8 +87,8 @@ class Job:
     @classmethod
     def in_memory(cls, item: Item, plan: Plan) -> Job:
         """Make a job whose features come back to this process."""
-        lazy = arrays.lazy_features(plan)
-        return cls(item, plan, lazy, list(range(plan.blocks)), kept=np.empty(plan.shape, plan.dtype))
+        tasks = arrays.Tasks.of(arrays.lazy_features(plan))
+        return cls(item, plan, tasks, list(range(plan.blocks)), kept=np.empty(plan.shape, plan.dtype))
 
     @classmethod
     def on_disk(cls, item: Item, plan: Plan, path: Path, *, overwrite: bool) -> Job:
@@ -98,15 +98,12 @@ class Job:
         except OSError as e:
             raise StoreError(f"{path} can't be written ({e}): check the disk and its permissions.") from e
         lazy = arrays.written(arrays.lazy_features(plan), store.target) if len(plan.grid) else da.empty((0,))
-        return cls(item, plan, lazy, store.missing(), store=store)
+        return cls(item, plan, arrays.Tasks.of(lazy), store.missing(), store=store)
 
     def take(self, most: int) -> list[int]:
-        """Take the next run of neighbouring blocks, `most` at a time."""
-        n = 1
-        while n < min(most, len(self.todo)) and self.todo[n] == self.todo[0] + n:
-            n += 1
-        run, self.todo = self.todo[:n], self.todo[n:]
-        return run
+        """Take the next blocks, `most` at a time."""
+        taken, self.todo = self.todo[:most], self.todo[most:]
+        return taken
 
     def finish(self) -> SlideDone:
         """Close what is done."""
