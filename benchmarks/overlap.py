@@ -1,68 +1,52 @@
-"""The whole engine against an emulated device: how busy it is kept, planning included."""
+"""The whole engine against an emulated device: how busy it is kept, and what a second encoder costs."""
 
 from __future__ import annotations
 
-import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import distributed
-import torch
-from torch import nn
 
 import dfx
+from benchmarks.devices import Sleeping, extract
+from benchmarks.reading import read
+from dfx.run import Item
 
-WIDTH = 512
-
-
-class Sleeping(nn.Module):
-    """Takes a fixed time a patch without the interpreter lock, as a device does."""
-
-    def __init__(self, patches_per_s: float) -> None:
-        super().__init__()
-        self.seconds = 1 / patches_per_s
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Sleep, then give (N, WIDTH)."""
-        time.sleep(self.seconds * len(x))
-        return x[:, :1, 0, 0].expand(-1, WIDTH)
+PATCH, MPP = 224, 0.5
+SHARE = 0.65
+"""Of the reading rate: what the device takes."""
 
 
-def measure(path: Path, *, rates: list[int], rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Extract a slide to zarr on a running cluster, for each rate of the device in turn."""
-    found: dict[int, list[float]] = {rate: [] for rate in rates}
+def measure(path: Path, *, rounds: int, threads: int) -> list[dict[str, Any]]:
+    """Extract a slide to zarr on a running cluster; the device's rate is a share of the reading rate."""
+    slide = dfx.open_slide(path)
+    grid = dfx.PatchGrid.over(slide, shape=PATCH, resolution=MPP, mask=None)
+    item = Item((str(path),), path, None)
+    reading: list[float] = []
+    one: list[tuple[float, float]] = []
+    pairs: list[float] = []
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=threads, processes=False, memory_limit=0, dashboard_address=":0"
+            n_workers=1, threads_per_worker=2 * threads, processes=False, memory_limit=0, dashboard_address=":0"
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
+        read(slide, grid, threads)
         for _ in range(rounds):
-            for rate in rates:
-                extractor = dfx.DeepFeatureExtractor(Sleeping(rate), verbose=False)
-                with tempfile.TemporaryDirectory() as folder:
-                    start = time.perf_counter()
-                    result = extractor.run(
-                        [path],
-                        patch_mode=False,
-                        patch_input_shape=224,
-                        input_resolutions=[{"resolution": 0.25, "units": "mpp"}],
-                        save_dir=folder,
-                        output_type="zarr",
-                        auto_get_mask=False,
-                        client=client,
-                    )
-                    seconds = time.perf_counter() - start
-                    assert isinstance(result, dict)
-                    patches = dfx.open_features(result[path]).features.shape[0]
-                found[rate].append(patches / seconds)
+            reading.append(len(grid) / read(slide, grid, threads))
+            rate = SHARE * reading[-1]
+            whole, planned, patches = extract(client, [item], [Sleeping(rate)], patch=PATCH, mpp=MPP)
+            one.append((patches / whole / rate, patches / planned / rate))
+            # the slowest alone, and with another that takes four fifths of its time
+            slow, quick = Sleeping(rate / 2), Sleeping(rate / 1.6)
+            alone, _, _ = extract(client, [item], [slow], patch=PATCH, mpp=MPP)
+            both, _, _ = extract(client, [item], [slow, quick], patch=PATCH, mpp=MPP)
+            pairs.append(both / alone)
     return [
-        {
-            "device_patches_per_s": rate,
-            "patches_per_s": round(median(got)),
-            "of_the_device": round(median(got) / rate, 2),
-        }
-        for rate, got in found.items()
+        {"what": "reading, patches/s", "figure": round(median(reading))},
+        {"what": f"device, patches/s ({SHARE:.0%} of it)", "figure": round(SHARE * median(reading))},
+        {"what": "share of the device's rate, planning excluded", "figure": round(median(p for _, p in one), 3)},
+        {"what": "share of the device's rate, planning included", "figure": round(median(w for w, _ in one), 3)},
+        {"what": "two encoders, times the slower one alone", "figure": round(median(pairs), 3)},
     ]

@@ -1,17 +1,18 @@
-"""Reading against decoding alone, and against OpenSlide's read a patch."""
+"""Reading against decoding alone, against other tools, and with tiles that are shrunk while they are decoded."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 import dfx
+from benchmarks.peers import Peer
 from dfx.slides.cache import TILES
 from dfx.slides.slide import Slide
 
@@ -38,73 +39,81 @@ def decode_alone(slide: Slide, level: int, threads: int) -> float:
     return time.perf_counter() - start
 
 
-def read(slide: Slide, grid: dfx.PatchGrid, threads: int) -> float:
+def read(slide: Slide, grid: dfx.PatchGrid, threads: int, reading: Literal["exact", "fast"] = "exact") -> float:
     """Seconds to read every patch through the lazy array, each block reduced to a number a patch."""
     TILES.clear()
-    patches = dfx.patches(slide, grid)
+    patches = dfx.patches(slide, grid, reading=reading)
     reduced = patches[:, ::56, ::56].max(axis=(1, 2, 3))
     start = time.perf_counter()
     reduced.compute(scheduler="threads", num_workers=threads)
     return time.perf_counter() - start
 
 
-def openslide_reader(path: Path, grid: dfx.PatchGrid, threads: int) -> Callable[[], float] | None:
-    """Time OpenSlide, a read a patch, a handle a thread, on a part of the grid; None where it can't read."""
-    try:
-        import openslide
-    except ImportError:
-        return None
-    from PIL import Image
-
-    try:
-        openslide.OpenSlide(path).close()
-    except openslide.OpenSlideError:  # a compression that it does not read
-        return None
-    scale = grid.view.to_baseline[0]
-    size = round(grid.shape_yx[0] * scale)
-    origins = (grid.coordinates[:1024, :2] * scale).round().astype(int).tolist()
-
-    def some(part: list[list[int]]) -> None:
-        slide = openslide.OpenSlide(path)
-        for x, y in part:
-            image = slide.read_region((x, y), 0, (size, size)).convert("RGB")
-            if size != grid.shape_yx[0]:
-                image = image.resize(grid.shape_yx[::-1], Image.Resampling.BOX)
-            np.asarray(image)
-
-    def run() -> float:
-        start = time.perf_counter()
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(some, [origins[i::threads] for i in range(threads)]))
-        return (time.perf_counter() - start) / len(origins)
-
-    return run
-
-
-def measure(path: Path, *, rounds: int, threads: int) -> list[dict[str, Any]]:
-    """Time every view in turn, `rounds` times; a row a view."""
+def measure(
+    path: Path, *, rounds: int, threads: int, peers: Sequence[Peer] = (), part: int = 1024
+) -> list[dict[str, Any]]:
+    """Time every view in turn, `rounds` times; a row a view. Peers read `part` patches of it."""
     slide = dfx.open_slide(path)
-    tiles = slide.levels[0].parts[0].offsets.size
     grids = {
         name: dfx.PatchGrid.over(slide, shape=shape, resolution=mpp, stride=stride, mask=None)
         for name, (shape, mpp, stride) in VIEWS.items()
     }
-    peers = {name: openslide_reader(path, grid, threads) for name, grid in grids.items()}
     decode_alone(slide, 1, threads)
-    found: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in grids}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in grids}
     for _ in range(rounds):
         for name, grid in grids.items():
-            alone, ours = decode_alone(slide, 0, threads), read(slide, grid, threads)
-            peer = peers[name]
-            found[name].append((alone, ours, peer() * len(grid) if peer else None))
-    return [
-        {
-            "view": name,
-            "tiles": tiles,
-            "patches": len(grids[name]),
-            "patches_per_s": round(len(grids[name]) / median(ours for _, ours, _ in rows)),
-            "of_decoding_alone": round(median(alone / ours for alone, ours, _ in rows), 2),
-            "times_openslide": round(median((peer or 0) / ours for _, ours, peer in rows), 1) or None,
-        }
-        for name, rows in found.items()
-    ]
+            shape, mpp, stride = VIEWS[name]
+            cpu = time.process_time()
+            alone = decode_alone(slide, 0, threads)
+            cpu, cpu_alone = time.process_time(), time.process_time() - cpu
+            ours = read(slide, grid, threads)
+            row = {
+                "patches_per_s": len(grid) / ours,
+                "of_decoding_alone": alone / ours,
+                "of_its_cpu": cpu_alone / (time.process_time() - cpu),
+            }
+            for peer in peers if stride is None else ():
+                rate = peer.read(path, shape, mpp, part, threads)
+                if rate is not None:
+                    row[f"times_{peer.name}"] = len(grid) / ours / rate
+            found[name].append(row)
+    rows = []
+    for name, timed in found.items():
+        figures = {key: round(median(row[key] for row in timed), 2) for key in timed[0]}
+        figures |= {f"times_{peer.name}": figures.get(f"times_{peer.name}") for peer in peers}
+        tiles = slide.levels[0].parts[0].offsets.size
+        rows.append({"view": name, "tiles": tiles, "patches": len(grids[name]), **figures})
+    return rows
+
+
+def measure_fast(path: Path, *, rounds: int, threads: int, encoder: dfx.EncoderSpec) -> list[dict[str, Any]]:
+    """Compare `reading="fast"` with exact reading at each shrinking: speed, pixels and features; a row a shrinking."""
+    slide = dfx.open_slide(path)
+    rows = []
+    for factor in (2, 4, 8):
+        grid = dfx.PatchGrid.over(slide, shape=224, resolution=1 / factor, units="baseline", mask=None)
+        if grid.view.level:  # of the file is closer
+            continue
+        ratios = [read(slide, grid, threads) / read(slide, grid, threads, "fast") for _ in range(rounds)]
+        exact, fast = (
+            dfx.patches(slide, grid, reading=reading)[:512].compute(scheduler="threads").astype(int)
+            for reading in ("exact", "fast")
+        )
+        a, b = (
+            dfx.features(slide, grid, encoder, reading=reading)[:512].compute(scheduler="threads")
+            for reading in ("exact", "fast")
+        )
+        inside = (grid.to_baseline()[:512, 2:] <= slide.dimensions).all(axis=1)
+        cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        rows.append(
+            {
+                "shrunk": factor,
+                "patches": len(grid),
+                "times_exact": round(median(ratios), 2),
+                "grey_levels_mean": round(float(np.abs(exact - fast)[inside].mean()), 2) if inside.any() else None,
+                "grey_levels_max": int(np.abs(exact - fast).max()),
+                "cosine_median": round(float(np.median(cosine)), 4),
+                "cosine_least": round(float(cosine.min()), 4),
+            }
+        )
+    return rows

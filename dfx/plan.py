@@ -21,6 +21,11 @@ from dfx.slides.cache import TILES
 
 FLOAT = 4
 """Bytes of a float32."""
+LIBRARIES = 80 * 2**20
+"""Bytes that torch's own libraries take when a network first runs (measured: 60 to 100 MB)."""
+KEPT_A_THREAD = 64 * 2**20
+"""Bytes of freed activations that the allocator keeps for each thread (measured; glibc gives back at once only
+what is above 32 MB)."""
 FORMAT = 1
 """Version of the store's layout; a store of another is not resumed."""
 
@@ -122,8 +127,9 @@ class Plan:
     def projected(self, threads: int) -> int:
         """Bytes that a worker of `threads` threads takes beyond what it has, on a CPU.
 
-        For each thread its tiles, patches, floats and features; for all of them the tiles that are
-        kept for neighbours, the encoders' weights, and the activations of the one that computes.
+        For each thread its tiles, patches, floats and features, and what the allocator keeps for it;
+        for all of them the tiles that are kept for neighbours, the encoders' weights, the activations
+        of the one that computes, and torch's libraries.
         """
         if not len(self.grid):
             return 0
@@ -132,15 +138,16 @@ class Plan:
         pixels = math.prod(self.grid.shape_yx)
         sizes = [math.prod(head.encoder.input_size or self.grid.shape_yx) for head in self.heads]
         resized = max((size for size in sizes if size != pixels), default=0)
+        activations = batch * max((head.activations for head in self.heads), default=0)
         a_thread = (
             working_memory(self.slide, self.grid.view, origins, self.grid.shape_yx)
             + batch * 3 * (pixels + (pixels + resized) * FLOAT)
             + self.options.block_size * self.shape[1] * self.dtype.itemsize
+            + min(KEPT_A_THREAD, activations)
         )
         level = self.slide.levels[self.grid.view.level]
-        kept = min(TILES.most, math.prod(level.shape_yx) * 3)
-        shared = sum(head.weights for head in self.heads) + batch * max((h.activations for h in self.heads), default=0)
-        return threads * a_thread + kept + shared
+        tiles = min(TILES.most, math.prod(level.shape_yx) * 3)
+        return threads * a_thread + tiles + sum(head.weights for head in self.heads) + activations + LIBRARIES
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the stored features depend on, as JSON values: equal exactly when a run may be resumed."""
