@@ -31,10 +31,10 @@ with cluster.embedded(threads) as client:
         result = run.run_slides(
             [run.Item(("slide",), path, None)], [encoder], run.GridOptions(PATCH, MPP, "mpp"),
             Options(block_size=BLOCK), client, save_dir=Path(folder),
-            notify=lambda event: plans.append(event.plan) if hasattr(event, "plan") else None,
+            notify=lambda event: plans.append(event) if isinstance(event, run.Planned) else None,
         )
         assert not result.failures, result.failures
-    print(json.dumps({"before": before, "peak": peak(), "projected": plans[0].projected(threads),
+    print(json.dumps({"before": before, "peak": peak(), "projected": plans[0].projected,
                       "blocks": plans[0].blocks}))
 """
 

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,11 +23,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 import dfx
-from dfx import arrays
 from dfx.plan import BlockWork, Options
-from dfx.run import GridOptions, Item
-from dfx.run.driver import drive
-from dfx.run.job import Job, Planned, SlideDone, SlideFailed
+from dfx.run import GridOptions, Item, Planned, SlideDone, SlideFailed
+from dfx.run.driver import Driver
+from dfx.run.planning import Request
 
 WIDTH = 8
 BLOCK = 16
@@ -135,6 +135,18 @@ def measure(path: Path, *, rounds: int, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True, eq=False)
+class Some(Request):
+    """Plans a slide and says that all but the first few of its blocks are there."""
+
+    executed: int
+
+    def __call__(self) -> Planned:
+        """Plan the slide."""
+        planned = super().__call__()
+        return replace(planned, todo=planned.todo[: self.executed])
+
+
 def measure_long(path: Path, *, slides: int, executed: int, threads: int) -> list[dict[str, Any]]:
     """Run many slides of 100 blocks each through the driver; a row for each tenth of them.
 
@@ -148,21 +160,20 @@ def measure_long(path: Path, *, slides: int, executed: int, threads: int) -> lis
     with cluster(threads) as client, tempfile.TemporaryDirectory() as folder:
         scheduler = client.cluster.scheduler
 
-        def jobs() -> Iterator[Job]:
-            for n in range(slides):
-                slide = dfx.open_slide(path)
-                grid = dfx.PatchGrid.over(slide, shape=patch, resolution=0.25, mask=None)
-                plan = arrays.make_plan(slide, grid, [encoder], Options(block_size=BLOCK))
-                job = Job.on_disk(Item((n,), path, None), plan, Path(folder) / f"{n}.zarr", overwrite=False)
-                job.todo = job.todo[:executed]
-                job.unfinished = len(job.todo)
-                yield job
+        options = Options(block_size=BLOCK)
+        where = GridOptions(patch, 0.25, "mpp")
+        given = (Item((n,), path, None) for n in range(slides))
+        requests = (
+            (item, Some(item, (encoder,), where, options, Path(folder) / f"{item.given[0]}.zarr", False, executed))
+            for item in given
+        )
 
         done, blocks = 0, 0
         wall, cpu = time.perf_counter(), time.process_time()
-        for event in drive(client, jobs()):
+        driver = Driver(client, requests, keeps=lambda planned: False, cache=lambda item: Path(folder), timeout=3600)
+        for event in driver.events():
             if isinstance(event, Planned):
-                blocks += event.plan.blocks
+                blocks += event.blocks
             elif isinstance(event, SlideFailed):
                 raise event.error
             elif isinstance(event, SlideDone):

@@ -6,8 +6,10 @@ slide and builds the encoder once for many tasks. No pixel passes through the sc
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import dask
@@ -20,13 +22,13 @@ from dask.base import tokenize
 from dask.typing import Key
 from numpy.typing import NDArray
 
-from dfx import cluster, kernel
+from dfx import cluster, kernel, memory
 from dfx.encoders import EncoderLike, EncoderSpec, footprint, load_encoder, output
 from dfx.errors import CallError, CallTypeError, StoreError
 from dfx.grid import PatchGrid
 from dfx.plan import BlockWork, Head, Options, Plan, head_names
 from dfx.slides import Slide
-from dfx.store import Columns
+from dfx.store import Columns, write_note
 
 
 def patches(
@@ -92,28 +94,39 @@ def make_heads(encoders: Sequence[EncoderSpec], shape_yx: tuple[int, int], chann
     )
 
 
-def lazy_features(plan: Plan) -> da.Array:
+def lazy_features(plan: Plan, notes: Path | None = None) -> da.Array:
     """Give a plan's features as a lazy array, several encoders' side by side.
 
-    A given module is to be shared with the workers before it is computed.
+    A given module is to be shared with the workers before it is computed. `notes`: the folder where a
+    block notes tiles that it could not decode, and a batch that it had to halve.
     """
     work = BlockWork.of(plan.slide, plan.grid, plan.heads, plan.options)
+    work = replace(work, needs=plan.needs, notes=None if notes is None else str(notes))
     return map_steps(encode_task, work, plan.grid, plan.shape[1:], plan.dtype, "features")
 
 
-@dataclass(frozen=True, eq=False)
 class Task:
-    """A function with its work bound, which Dask takes as one opaque callable."""
+    """A function with its work bound, which Dask takes as one opaque callable.
 
-    function: Callable[[NDArray[Any], BlockWork], NDArray[Any]]
-    work: BlockWork
+    It unpickles its work when it is called: a scheduler or client that only passes it on opens no slide.
+    """
+
+    def __init__(self, function: Callable[[NDArray[Any], BlockWork], NDArray[Any]], work: BlockWork | bytes) -> None:
+        self.function = function
+        self.work = work
 
     def __call__(self, steps_xy: NDArray[Any]) -> NDArray[Any]:
         """Do a block."""
-        return self.function(steps_xy, self.work)
+        if isinstance(self.work, bytes):
+            self.work = pickle.loads(self.work)
+        return self.function(steps_xy, self.work)  # type: ignore[arg-type]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Task, (self.function, self.work if isinstance(self.work, bytes) else pickle.dumps(self.work))
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        return self.function.__name__, self.work.__dask_tokenize__()
+        work = self.work if isinstance(self.work, bytes) else self.work.__dask_tokenize__()
+        return self.function.__name__, work
 
 
 def read_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.uint8]:
@@ -122,8 +135,21 @@ def read_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.uint8]:
 
 
 def encode_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.floating[Any]]:
-    """Read and encode a block on a worker."""
-    return kernel.encode_block(steps_xy, work, threads=cluster.task_threads(), meter=cluster.meter)
+    """Read and encode a block on a worker, when there is room for it."""
+    options, threads = work.options, cluster.task_threads()
+    if options.memory_threshold is None:
+        return kernel.encode_block(steps_xy, work, threads=threads, meter=cluster.meter)
+    key = tuple(head.encoder for head in work.heads)
+    limit, asked = cluster.memory_limit(), min(options.batch_size, len(steps_xy))
+    damaged: set[str] = set()
+    with memory.GUARD.admit(key, work.needs, asked, options.memory_threshold, limit) as (batch, tell):
+        if batch < asked:
+            work = replace(work, options=replace(options, batch_size=batch))
+        found = kernel.encode_block(steps_xy, work, threads=threads, meter=cluster.meter, damaged=damaged, tell=tell)
+    if work.notes is not None and (damaged or batch < asked):
+        said = {"damaged_tiles": sorted(damaged)} | ({"batch_size": batch} if batch < asked else {})
+        write_note(Path(work.notes), "-".join(map(str, steps_xy[0].tolist())), said)
+    return found
 
 
 def map_steps(

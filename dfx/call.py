@@ -25,6 +25,24 @@ def check_workers(num_workers: object) -> int:
     return num_workers
 
 
+def check_percent(memory_threshold: object) -> float:
+    """Refuse what is no percentage."""
+    if isinstance(memory_threshold, bool) or not isinstance(memory_threshold, int | float):
+        raise CallTypeError(f"memory_threshold must be a percentage, not {memory_threshold!r}.")
+    if not 0 < memory_threshold <= 100:
+        raise CallError(f"memory_threshold must be above 0 and at most 100 percent, not {memory_threshold!r}.")
+    return float(memory_threshold)
+
+
+def check_seconds(block_timeout: object) -> float:
+    """Refuse what is no time that a block may take."""
+    if isinstance(block_timeout, bool) or not isinstance(block_timeout, int | float):
+        raise CallTypeError(f"block_timeout must be a number of seconds, not {block_timeout!r}.")
+    if not block_timeout > 0:
+        raise CallError(f"block_timeout must be above 0 seconds, not {block_timeout!r}.")
+    return float(block_timeout)
+
+
 def store_name(output_file: object) -> str:
     """Name the store of loose patches: the stem of `output_file`, as the reference has it."""
     if output_file is not None and not isinstance(output_file, str | Path):

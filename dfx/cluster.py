@@ -126,6 +126,14 @@ def task_threads() -> int | None:
         return None
 
 
+def memory_limit() -> int | None:
+    """Bytes that this task's worker may take; None where Dask sets it no limit of its own."""
+    try:
+        return distributed.get_worker().memory_manager.memory_limit or None
+    except ValueError:
+        return None
+
+
 def meter(stage: str) -> AbstractContextManager[Any]:
     """Time a stage of a task for Dask's dashboard; does nothing outside a task."""
     timer: AbstractContextManager[Any] = context_meter.meter(stage)

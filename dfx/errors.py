@@ -22,6 +22,19 @@ class SlideError(DfxError):
     """A slide that can't be opened or read; it never ends a run of other slides."""
 
 
+class TileError(SlideError):
+    """A tile whose bytes are damaged; `on_bad_tile="fill"` goes on without it."""
+
+    def __init__(self, tile: str, message: str) -> None:
+        super().__init__(tile, message)
+        self.tile = tile
+        """Which one, of which level and slide."""
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class ResolutionError(DfxError, ValueError):
     """A resolution that this slide's metadata can't place."""
 
@@ -32,6 +45,10 @@ class EncoderError(DfxError):
 
 class StoreError(DfxError):
     """An output folder or store that can't be used as it is."""
+
+
+class MemoryShortage(DfxError):
+    """A worker has no room for a block, however small its batches."""
 
 
 class RunError(DfxError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ from dfx import cluster, loose
 from dfx.arrays import make_heads
 from dfx.call import (
     check_count,
+    check_percent,
+    check_seconds,
     check_workers,
     configuration,
     plain_label,
@@ -24,7 +26,7 @@ from dfx.errors import CallError, CallTypeError
 from dfx.grid import check_ratio, whole_pair
 from dfx.plan import Options, head_names
 from dfx.progress import ProgressBar
-from dfx.run import GridOptions, RunResult, one_or_named, raise_failures, run_slides
+from dfx.run import TIMEOUT, Event, GridOptions, RunResult, one_or_named, raise_failures, run_slides
 from dfx.store import check_folder, check_ours, write_patch_mode
 
 
@@ -80,6 +82,9 @@ class DeepFeatureExtractor:
         on_error: Literal["raise", "skip"] = "raise",
         block_size: int = 256,
         reading: Literal["exact", "fast"] = "exact",
+        on_bad_tile: Literal["fail", "fill"] = "fail",
+        block_timeout: float = TIMEOUT,
+        notify: Callable[[Event], None] | None = None,
         batch_size: int | None = None,
         num_workers: int | None = None,
         device: str | None = None,
@@ -104,12 +109,16 @@ class DeepFeatureExtractor:
           tissue. `min_mask_ratio`: share of a patch that must be above this.
         - `save_dir`: where stores go. One of the same plan is kept or resumed; one of another is an
           error, unless `overwrite`, which replaces stores that dfx made and nothing else.
-        - `memory_threshold`: percent of memory up to which dict results are kept in memory.
+        - `memory_threshold`: percent of a worker's memory above which batches are halved and blocks wait for
+          others; also how far dict results may fill this process, before they are lazy over a store.
         - `wsireader_kwargs`: `mpp` and `power` that go before the slides' own.
         - `client`: a Dask client; None: the current one, else a cluster inside this process.
         - `on_error`: "raise" a `RunError` when the other slides are done, or "skip" (see `.failures`).
         - `block_size`: patches in a block, the unit of work and resume. `reading`: "fast" shrinks JPEG tiles
           while they are decoded where patches are shrunk by an even factor; close to "exact", not equal.
+          `on_bad_tile`: "fill" leaves a tile that can't be decoded white, and names it in the store.
+          `block_timeout`: seconds after which a block that hangs is given up, and its slide with it.
+          `notify` is called with each `dfx.run` event: slides planned, done and failed, blocks done.
           `batch_size`, `num_workers`, `device`, `verbose`: as in the constructor, for this call.
         - `output_file`: name of the store in patch mode. `return_probabilities`, `class_dict`,
           `scale_factor` and `return_labels` are taken for TIAToolbox's sake and change nothing:
@@ -123,7 +132,12 @@ class DeepFeatureExtractor:
             batch_size=self.options.batch_size if batch_size is None else batch_size,
             device=self.options.device if device is None else check_device(device),
             reading=reading,
+            on_bad_tile=on_bad_tile,
+            memory_threshold=check_percent(memory_threshold),
         )
+        timeout = check_seconds(block_timeout)
+        if notify is not None and not callable(notify):
+            raise CallTypeError(f"notify must be a function of an event, not {type(notify).__name__}.")
         threads = self.num_workers if num_workers is None else check_workers(num_workers)
         if output_type not in ("dict", "zarr"):
             raise CallError(f"output_type must be 'dict' or 'zarr', not {output_type!r}.")
@@ -131,10 +145,6 @@ class DeepFeatureExtractor:
             raise CallError(f"on_error must be 'raise' or 'skip', not {on_error!r}.")
         if output_type == "zarr" and save_dir is None:
             raise CallError("output_type='zarr' needs save_dir=, the folder for the stores.")
-        if isinstance(memory_threshold, bool) or not isinstance(memory_threshold, int | float):
-            raise CallTypeError(f"memory_threshold must be a percentage, not {memory_threshold!r}.")
-        if not 0 < memory_threshold <= 100:
-            raise CallError(f"memory_threshold must be above 0 and at most 100 percent, not {memory_threshold!r}.")
         if storage_options is not None and not isinstance(storage_options, Mapping):
             raise CallTypeError(f"storage_options must be a mapping, not {type(storage_options).__name__}.")
         folder = None if save_dir is None else check_folder(save_dir)
@@ -155,6 +165,12 @@ class DeepFeatureExtractor:
         items = slide_items(images, masks, labels, wsireader_kwargs, auto_get_mask=bool(auto_get_mask))
         cluster_or_client = cluster.client_or_embedded(dask_client, threads)
         with cluster_or_client as running, ProgressBar(len(items), show=show) as bar:
+
+            def told(event: Event) -> None:
+                bar(event)
+                if notify is not None:
+                    notify(event)
+
             result = run_slides(
                 items,
                 self.encoders,
@@ -164,8 +180,8 @@ class DeepFeatureExtractor:
                 save_dir=folder,
                 overwrite=bool(overwrite),
                 in_memory=output_type == "dict",
-                memory_threshold=memory_threshold,
-                notify=bar,
+                block_timeout=timeout,
+                notify=told,
             )
         return raise_failures(result, on_error)
 

@@ -28,7 +28,12 @@ def batch_buffer(n: int, shape_yx: tuple[int, int]) -> NDArray[np.uint8]:
     return buffer[:n]
 
 
-def read(steps_xy: NDArray[Any], work: BlockWork, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+def read(
+    steps_xy: NDArray[Any],
+    work: BlockWork,
+    out: NDArray[np.uint8] | None = None,
+    damaged: set[str] | None = None,
+) -> NDArray[np.uint8]:
     """Read the patches at some positions of a grid, uint8 (n, rows, columns, 3)."""
     grid = work.grid
     return read_patches(
@@ -39,6 +44,7 @@ def read(steps_xy: NDArray[Any], work: BlockWork, out: NDArray[np.uint8] | None 
         out,
         stride_yx=grid.stride_yx,
         fast=work.options.fast,
+        damaged=damaged if work.options.on_bad_tile == "fill" else None,
     )
 
 
@@ -49,20 +55,28 @@ def read_block(steps_xy: NDArray[Any], work: BlockWork, *, meter: Meter = nullco
 
 
 def encode_block(
-    steps_xy: NDArray[Any], work: BlockWork, *, threads: int | None = None, meter: Meter = nullcontext
+    steps_xy: NDArray[Any],
+    work: BlockWork,
+    *,
+    threads: int | None = None,
+    meter: Meter = nullcontext,
+    damaged: set[str] | None = None,
+    tell: Callable[[int], None] = lambda patches: None,
 ) -> NDArray[np.floating[Any]]:
     """Read and encode a block, a batch at a time: floating (n, D), the encoders' features side by side.
 
     `steps_xy` (n, 2): the block's positions in strides. `threads`: how many torch may use on a CPU.
-    `meter` times the stages "dfx-read" and "dfx-encode".
+    `meter` times the stages "dfx-read" and "dfx-encode". `damaged` takes the names of tiles that
+    `on_bad_tile="fill"` left white. `tell` is told of every batch that is done.
     """
     size = work.options.batch_size
     edges = np.cumsum([0, *(head.dim for head in work.heads)]).tolist()
     out = np.empty((len(steps_xy), edges[-1]), np.result_type(*(head.dtype for head in work.heads)))
+    damaged = set() if damaged is None else damaged
     for start in range(0, len(steps_xy), size):
         batch = steps_xy[start : start + size]
         with meter("dfx-read"):
-            patches = read(batch, work, batch_buffer(len(batch), work.grid.shape_yx))
+            patches = read(batch, work, batch_buffer(len(batch), work.grid.shape_yx), damaged)
         for head, left, right in zip(work.heads, edges, edges[1:], strict=False):
             with meter("dfx-encode"):
                 found = encode(head.encoder, patches, batch_size=size, device=work.options.device, threads=threads)
@@ -72,6 +86,7 @@ def encode_block(
                     f"but {head.dim} when it was planned: its width must not depend on the batch."
                 )
             out[start : start + size, left:right] = found
+        tell(len(batch))
     return out
 
 

@@ -42,6 +42,10 @@ class Options:
     """Torch device on the workers; "auto" is the GPU where there is one."""
     reading: Literal["exact", "fast"] = "exact"
     """"fast": JPEG tiles are shrunk while they are decoded where patches are shrunk by an even factor."""
+    on_bad_tile: Literal["fail", "fill"] = "fail"
+    """"fill": a tile that can't be decoded is white, and its name goes to the store; "fail": the slide fails."""
+    memory_threshold: float | None = None
+    """Percent of a worker's memory above which batches are halved and blocks wait; None: whatever is free."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "batch_size"):
@@ -53,6 +57,8 @@ class Options:
             object.__setattr__(self, name, int(value))  # numpy's integers are no JSON
         if self.reading not in ("exact", "fast"):
             raise CallError(f"reading must be 'exact' or 'fast', not {self.reading!r}.")
+        if self.on_bad_tile not in ("fail", "fill"):
+            raise CallError(f"on_bad_tile must be 'fail' or 'fill', not {self.on_bad_tile!r}.")
         if self.fast and importlib.util.find_spec("simplejpeg") is None:
             raise CallError("reading='fast' needs simplejpeg: pip install dfx[fast], here and on the workers.")
 
@@ -78,6 +84,28 @@ class Head:
     """Bytes of its parameters."""
     activations: int = 0
     """Bytes a patch while it computes."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a worker takes for a plan's blocks beyond what it has, on a CPU."""
+
+    shared: int = 0
+    """By all of its threads together."""
+    shared_a_patch: int = 0
+    """And for each patch of a batch."""
+    a_thread: int = 0
+    """By each thread."""
+    a_thread_a_patch: int = 0
+    """And for each patch of a batch."""
+
+    def of_thread(self, batch: int) -> int:
+        """Bytes of one thread more."""
+        return self.a_thread + self.a_thread_a_patch * batch
+
+    def of_worker(self, threads: int, batch: int) -> int:
+        """Bytes of a worker."""
+        return self.shared + self.shared_a_patch * batch + threads * self.of_thread(batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,30 +152,40 @@ class Plan:
         """Bytes of features and coordinates."""
         return len(self.grid) * (sum(head.dim * head.dtype.itemsize for head in self.heads) + 32)
 
-    def projected(self, threads: int) -> int:
-        """Bytes that a worker of `threads` threads takes beyond what it has, on a CPU.
+    @property
+    def batch(self) -> int:
+        """Patches of the largest batch."""
+        return max(1, min(self.options.batch_size, len(self.grid), self.options.block_size))
+
+    @property
+    def needs(self) -> Needs:
+        """Memory that the work takes.
 
         For each thread its tiles, patches, floats and features, and what the allocator keeps for it;
         for all of them the tiles that are kept for neighbours, the encoders' weights, the activations
         of the one that computes, and torch's libraries.
         """
         if not len(self.grid):
-            return 0
-        batch = min(self.options.batch_size, len(self.grid), self.options.block_size)
-        origins = self.grid.origins(self.grid.steps_xy[:batch])
+            return Needs()
+        origins = self.grid.origins(self.grid.steps_xy[: self.batch])
         pixels = math.prod(self.grid.shape_yx)
         sizes = [math.prod(head.encoder.input_size or self.grid.shape_yx) for head in self.heads]
         resized = max((size for size in sizes if size != pixels), default=0)
-        activations = batch * max((head.activations for head in self.heads), default=0)
-        a_thread = (
-            working_memory(self.slide, self.grid.view, origins, self.grid.shape_yx)
-            + batch * 3 * (pixels + (pixels + resized) * FLOAT)
-            + self.options.block_size * self.shape[1] * self.dtype.itemsize
-            + min(KEPT_A_THREAD, activations)
-        )
+        activations = max((head.activations for head in self.heads), default=0)
         level = self.slide.levels[self.grid.view.level]
         tiles = min(TILES.most, math.prod(level.shape_yx) * 3)
-        return threads * a_thread + tiles + sum(head.weights for head in self.heads) + activations + LIBRARIES
+        return Needs(
+            shared=tiles + sum(head.weights for head in self.heads) + LIBRARIES,
+            shared_a_patch=activations,
+            a_thread=working_memory(self.slide, self.grid.view, origins, self.grid.shape_yx)
+            + self.options.block_size * self.shape[1] * self.dtype.itemsize
+            + min(KEPT_A_THREAD, self.batch * activations),
+            a_thread_a_patch=3 * (pixels + (pixels + resized) * FLOAT),
+        )
+
+    def projected(self, threads: int) -> int:
+        """Bytes that a worker of `threads` threads takes beyond what it has, on a CPU."""
+        return self.needs.of_worker(threads, self.batch) if len(self.grid) else 0
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the stored features depend on, as JSON values: equal exactly when a run may be resumed."""
@@ -253,17 +291,23 @@ class BlockWork:
     """With what; none: the pixels themselves are wanted."""
     options: Options
     """How."""
+    needs: Needs = Needs()
+    """Memory that it takes."""
+    notes: str | None = None
+    """Folder for what is to be known of a block beside its features; None: nobody asks."""
 
     @classmethod
     def of(cls, slide: Slide, grid: PatchGrid, heads: tuple[Head, ...], options: Options) -> BlockWork:
-        """Take what tasks need of a plan."""
+        """Take what tasks need of a slide and its grid."""
         return cls(slide, PatchGrid(grid.shape_yx, grid.stride_yx, grid.view, grid.steps_xy[:0]), heads, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Values without field names: every task carries this, and a task is to stay below 4 kB.
         view, options = (tuple(getattr(part, f.name) for f in fields(part)) for part in (self.grid.view, self.options))
         heads = tuple((head.name, head.encoder.values(), head.dim, str(head.dtype)) for head in self.heads)
-        return _restored, (self.slide, self.grid.shape_yx, self.grid.stride_yx, view, heads, options)
+        needs = tuple(getattr(self.needs, f.name) for f in fields(self.needs))
+        grid = self.grid.shape_yx, self.grid.stride_yx, view
+        return _restored, (self.slide, *grid, heads, options, needs, self.notes)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         grid = self.grid
@@ -279,7 +323,9 @@ def _restored(
     view: tuple[Any, ...],
     heads: tuple[tuple[str, tuple[Any, ...], int, str], ...],
     options: tuple[Any, ...],
+    needs: tuple[int, ...],
+    notes: str | None,
 ) -> BlockWork:
     grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16))
     made = tuple(Head(name, EncoderSpec(*values), dim, np.dtype(dtype)) for name, values, dim, dtype in heads)
-    return BlockWork(slide, grid, made, Options(*options))
+    return BlockWork(slide, grid, made, Options(*options), Needs(*needs), notes)

@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from dfx.run import BlockDone, Event, Planned, SlideDone, SlideFailed
+from dfx.run import BlockDone, Event, Planned, SlideDone, SlideFailed, Stopping, Throttled
 
 
 class ProgressBar:
@@ -24,10 +24,16 @@ class ProgressBar:
     def __call__(self, event: Event) -> None:
         """Take an event of a run."""
         if isinstance(event, Planned):
-            self._bar.total = (self._bar.total or 0) + len(event.plan.grid)
+            self._bar.total = (self._bar.total or 0) + event.patches
             self._bar.update(event.done)
         elif isinstance(event, BlockDone):
             self._bar.update(event.patches)
+        elif isinstance(event, Stopping):
+            self._bar.write(
+                f"dfx: stopping, {event.blocks} blocks are dropped or finished; the same call goes on from here"
+            )
+        elif isinstance(event, Throttled):
+            self._bar.write(f"dfx: {event.reason}")
         else:
             self._done += isinstance(event, SlideDone)
             self._failed += isinstance(event, SlideFailed)

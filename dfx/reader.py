@@ -98,6 +98,7 @@ def read_patches(
     *,
     stride_yx: tuple[int, int] | None = None,
     fast: bool = False,
+    damaged: set[str] | None = None,
 ) -> NDArray[np.uint8]:
     """Read patches, uint8 RGB (N, rows, columns, 3).
 
@@ -106,7 +107,8 @@ def read_patches(
     others. Pixels beyond the slide are white (255). A patch that needs no resampling has the file's
     own pixels; shrinking averages areas, enlarging is cubic. `fast`: JPEG tiles that are shrunk by
     a whole factor are halved while they are decoded, as often as the factor allows. Raises
-    `SlideError` when a tile can't be read.
+    `SlideError` when a tile can't be read; with `damaged`, tiles that can't be decoded are white, and
+    their names are added there.
     """
     h, w = shape_yx
     if out is None:
@@ -116,14 +118,16 @@ def read_patches(
     pitch = None if stride_yx is None else (stride_yx[0] / view.scale_xy[1], stride_yx[1] / view.scale_xy[0])
     level = slide.levels[view.level]
     outside = (boxes[:, :2] < 0) | (boxes[:, 2:] > level.shape_yx)
-    beyond = np.asarray(outside.any(axis=1) | level.has_gaps)
+    beyond = np.asarray(outside.any(axis=1) | level.has_gaps | (damaged is not None))
     factor = whole_factor(boxes, (h, w), shape_yx, level)
     if factor:
         out[beyond] = 255
         divides = (n for n in SHRINKS if fast and factor % n == 0 and slide.can_shrink(view.level, n))
         shrink = next(divides, 1)
         corners_yx = boxes[:, :2] // shrink
-        for tile, (y, x), touching in slide.tiles(view.level, boxes, rgb=True, pitch_yx=pitch, shrink=shrink):
+        for tile, (y, x), touching in slide.tiles(
+            view.level, boxes, rgb=True, pitch_yx=pitch, shrink=shrink, damaged=damaged
+        ):
             spread(tile, (y // shrink, x // shrink), corners_yx, touching, out, factor // shrink)
         return out
     for start, stop in sub_blocks(boxes):
@@ -132,7 +136,7 @@ def read_patches(
         pixels = canvas(y1 - y0, x1 - x0)
         if beyond[start:stop].any():
             pixels.fill(255)
-        for tile, (y, x), _ in slide.tiles(view.level, part, rgb=True, pitch_yx=pitch):
+        for tile, (y, x), _ in slide.tiles(view.level, part, rgb=True, pitch_yx=pitch, damaged=damaged):
             paste(pixels, tile, (y - y0, x - x0))
         for patch, (top, left, bottom, right) in zip(out[start:stop], (part - [y0, x0, y0, x0]).tolist(), strict=True):
             resample(pixels[top:bottom, left:right], patch)

@@ -6,16 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
-@pytest.mark.parametrize("command", [["reading"], ["overlap", "--rates", "4000"]], ids=lambda c: c[0])
-def test_a_benchmark_prints_a_table_and_writes_it(command: list[str], tmp_path: Path) -> None:
+def run(tmp_path: Path, *command: str) -> list[dict[str, Any]]:
     out = tmp_path / "out.json"
-    line = ["-m", "benchmarks", *command, "--size", "2048", "--rounds", "1", "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, *line],
+        [sys.executable, "-m", "benchmarks", *command, "--size", "2048", "--rounds", "1", "--out", str(out)],
         cwd=Path(__file__).parents[1],
         env={"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path)},
         capture_output=True,
@@ -25,8 +24,47 @@ def test_a_benchmark_prints_a_table_and_writes_it(command: list[str], tmp_path: 
     assert done.returncode == 0, done.stderr
     said = json.loads(out.read_text())
     assert said["cores"] >= 1
-    cells = [*said["rows"][0], *(str(v) for row in said["rows"] for v in row.values())]
+    rows: list[dict[str, Any]] = said["rows"]
+    cells = [*rows[0], *(str(v) for row in rows for v in row.values())]
     assert done.stdout.split() == " ".join(cells).split()
-    if command == ["reading"]:
-        assert [row["tiles"] for row in said["rows"]] == [64, 64, 64]
-        assert [row["patches"] for row in said["rows"]] == [100, 25, 361]
+    return rows
+
+
+def test_reading_reports_tiles_patches_and_the_other_tool(tmp_path: Path) -> None:
+    rows = run(tmp_path, "reading", "--peer", "openslide")
+    assert [row["tiles"] for row in rows] == [64, 64, 64]
+    assert [row["patches"] for row in rows] == [100, 25, 361]
+    assert rows[0]["times_openslide"] > 0
+
+
+def test_fast_reading_is_compared_at_each_shrinking(tmp_path: Path) -> None:
+    rows = run(tmp_path, "fast", "--weights", "random")
+    assert [row["shrunk"] for row in rows] == [2]  # by 4 and 8, the file has a level
+    assert rows[0]["cosine_least"] > 0.9
+
+
+def test_scale_counts_as_many_blocks_of_dask_as_of_dfx(tmp_path: Path) -> None:
+    rows = run(tmp_path, "scale")
+    assert [row["slides"] for row in rows] == [1, 4, 40]
+    assert all(row["dfx_ms_a_block"] > 0 for row in rows)
+
+
+def test_a_long_run_holds_no_more_tasks_at_its_end_than_at_its_beginning(tmp_path: Path) -> None:
+    rows = run(tmp_path, "long", "--slides", "40", "--executed", "2")
+    assert [row["slides"] for row in rows] == list(range(4, 41, 4))
+    assert rows[-1]["scheduler_tasks"] <= rows[0]["scheduler_tasks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["overlap"],
+        ["inference", "--patches", "64"],
+        ["devices", "--counts", "2", "--seconds", "2"],
+        ["memory", "--sizes", "1024", "2048"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_benchmark_prints_a_table_and_writes_it(command: list[str], tmp_path: Path) -> None:
+    assert run(tmp_path, *command)

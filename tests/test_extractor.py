@@ -79,7 +79,7 @@ def test_dict_results_are_arrays_and_leave_nothing(
 def test_dict_results_beyond_the_threshold_are_lazy_over_a_cache_that_goes_with_them(
     extractor: dfx.DeepFeatureExtractor, made_slide: Path, client: distributed.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfx.memory.available", lambda: 1000)  # real limits are the guard's own tests
+    monkeypatch.setattr("dfx.memory.fits", lambda nbytes, threshold: False)
     result = extractor.run([made_slide], client=client, labels=[3], **WSI | {"output_type": "dict"})
     got = result[made_slide]  # type: ignore[index]
     assert got["labels"] == 3
@@ -323,14 +323,14 @@ def test_an_output_that_can_not_be_closed_ends_only_its_slide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = write_slide(tmp_path / "other.svs", 900, 700, seed=1)
-    finish = writing.Store.finish
+    finish = writing.finish
 
-    def full(self: writing.Store) -> None:
-        if self.path.name == "made.zarr":
+    def full(path: Path) -> None:
+        if path.name == "made.zarr":
             raise OSError(28, "No space left on device")
-        finish(self)
+        finish(path)
 
-    monkeypatch.setattr(writing.Store, "finish", full)
+    monkeypatch.setattr("dfx.store.finish", full)
     with pytest.raises(RunError, match=r"made\.zarr can't be closed .* No space left"):
         extractor.run([made_slide, other], save_dir=tmp_path / "out", client=client, **WSI)
     monkeypatch.undo()
@@ -496,7 +496,7 @@ def test_a_bad_call_is_refused_before_anything_is_read_or_removed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dfx.run.job.open_slide", lambda *a, **k: pytest.fail("a slide was opened"))
+    monkeypatch.setattr("dfx.run.item.open_slide", lambda *a, **k: pytest.fail("a slide was opened"))
     out = tmp_path / "out"
     out.mkdir()
     (out / "slide.zarr").mkdir()

@@ -10,23 +10,25 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import distributed
 
-from dfx import arrays, cluster, memory
+from dfx import cluster, memory
 from dfx.encoders import EncoderSpec
-from dfx.errors import DfxError, RunError, SlideError
-from dfx.grid import PatchGrid
-from dfx.plan import Options, Plan
-from dfx.resolution import Units
-from dfx.run.driver import drive
-from dfx.run.job import BlockDone, Event, Item, Job, Planned, SlideDone, SlideFailed, labelled, one_or_named
+from dfx.errors import DfxError, RunError
+from dfx.plan import Options
+from dfx.run.driver import Driver
+from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled
+from dfx.run.item import Item
+from dfx.run.job import labelled, one_or_named
+from dfx.run.planning import GridOptions, Planned, Request
 from dfx.store import check_ours, open_features
 
 __all__ = [
+    "TIMEOUT",
     "BlockDone",
     "Event",
     "GridOptions",
@@ -35,6 +37,8 @@ __all__ = [
     "RunResult",
     "SlideDone",
     "SlideFailed",
+    "Stopping",
+    "Throttled",
     "one_or_named",
     "raise_failures",
     "run_slides",
@@ -44,22 +48,8 @@ log = logging.getLogger(__name__)
 
 LONGEST = 120
 """Bytes of a slide's stem that go into a name; file systems take 255 with what is added."""
-
-
-@dataclass(frozen=True)
-class GridOptions:
-    """Where the patches of every slide of a run lie; see `PatchGrid.over`."""
-
-    shape: int | tuple[int, int]
-    """Rows and columns of a patch."""
-    resolution: float | tuple[float, float]
-    """At which patches are made."""
-    units: Units
-    """Units of the resolution."""
-    stride: int | tuple[int, int] | None = None
-    """Rows and columns between patches; None: the shape."""
-    min_mask_ratio: float = 0.0
-    """Share of a patch that must be above this under the mask."""
+TIMEOUT = 3600.0
+"""Seconds after which a block is given up, unless told otherwise."""
 
 
 class RunResult(dict[Any, Any]):
@@ -90,70 +80,64 @@ def run_slides(
     save_dir: Path | None,
     overwrite: bool = False,
     in_memory: bool = False,
-    memory_threshold: float = 80,
+    block_timeout: float = TIMEOUT,
     notify: Callable[[Event], None] = lambda event: None,
 ) -> RunResult:
     """Extract the features of many slides.
 
-    Every tile is decoded once for all encoders.
-    `in_memory` gives `{"features", "coordinates"}` a slide, numpy while they fit under
-    `memory_threshold` percent, else lazy arrays over a store in `save_dir` (or a temporary folder).
-    Slides that fail are in `failures` of the result; nothing is raised for them.
+    Every tile is decoded once for all encoders. `in_memory` gives `{"features", "coordinates"}` a slide,
+    numpy while they fit under `options.memory_threshold` percent, else lazy arrays over a store in `save_dir` (or
+    a temporary folder). `block_timeout`: seconds after which a block is given up. Slides that fail
+    are in `failures` of the result; nothing is raised for them. Raises `RunError` when the cluster can't go on.
     """
     result = RunResult()
     names = output_names(items)
+    threshold = options.memory_threshold or 100
+    # What was damaged is noted in a store.
+    kept = in_memory and options.on_bad_tile == "fail"
+    promised: dict[Any, int] = {}
     if in_memory and save_dir is not None:
         log.warning("output_type='dict' writes nothing to %s while features fit in memory: 'zarr' does.", save_dir)
     if save_dir is not None:
         for name in names.values():
             check_ours(save_dir / name)
 
-    def jobs() -> Iterator[Job | SlideFailed]:
-        for item in items:
-            try:
-                plan = make_plan(item, encoders, where, options)
-                if in_memory and memory.fits(plan.nbytes, memory_threshold):
-                    yield Job.in_memory(item, plan)
-                else:
-                    path = (save_dir or result.make_cache()) / names[item.identity]
-                    yield Job.on_disk(item, plan, path, overwrite=overwrite)
-            except DfxError as e:
-                yield SlideFailed(item, e)
-            except Exception as e:  # one bad slide, whatever it raises, never ends a run
-                log.debug("planning %s", item.address, exc_info=True)
-                yield SlideFailed(item, SlideError(f"{item.address} can't be planned ({type(e).__name__}: {e})."))
+    def path_of(item: Item) -> Path:
+        return (save_dir or result.make_cache()) / names[item.identity]
+
+    def keeps(planned: Planned) -> bool:
+        if not memory.fits(planned.nbytes + sum(promised.values()), threshold):
+            return False
+        promised[planned.item.identity] = planned.nbytes  # until it is filled, it is not resident
+        return True
 
     for encoder in encoders:
         cluster.share(encoder, client)
+    requests = (
+        (item, Request(item, tuple(encoders), where, options, None if kept else path_of(item), overwrite))
+        for item in items
+    )
     outputs: dict[Any, Any] = {}
-    for event in drive(client, jobs()):
-        if isinstance(event, SlideDone):
-            outputs[event.item.identity] = in_arrays(event) if in_memory else event.output
+    for event in Driver(client, requests, keeps=keeps, cache=path_of, timeout=block_timeout).events():
+        if isinstance(event, Planned) and not event.patches:
+            address = event.item.address
+            warnings.warn(f"{address} has no patch under its mask: its features are empty.", UserWarning, stacklevel=2)
+        elif isinstance(event, SlideDone):
+            promised.pop(event.item.identity, None)
+            event = replace(event, output=in_arrays(event)) if in_memory else event
+            outputs[event.item.identity] = event.output
+            log.info("%s is done", event.item.address)
         elif isinstance(event, SlideFailed):
+            promised.pop(event.item.identity, None)
             result.failures.update(dict.fromkeys(event.item.given, event.error))
             log.info("%s failed: %s", event.item.address, event.error)
+        elif isinstance(event, Throttled):
+            log.warning("%s", event.reason)
         notify(event)
     for item in items:  # in the order given, whichever was done first
         if item.identity in outputs:
             result.update(dict.fromkeys(item.given, outputs[item.identity]))
     return result
-
-
-def make_plan(item: Item, encoders: Sequence[EncoderSpec], where: GridOptions, options: Options) -> Plan:
-    """Open a slide, lay its grid, and find the shape of its features."""
-    slide = item.open()
-    grid = PatchGrid.over(
-        slide,
-        shape=where.shape,
-        resolution=where.resolution,
-        units=where.units,
-        stride=where.stride,
-        mask=item.mask,
-        min_mask_ratio=where.min_mask_ratio,
-    )
-    if len(grid) == 0:
-        warnings.warn(f"{slide.url} has no patch under its mask: its features are empty.", UserWarning, stacklevel=2)
-    return arrays.make_plan(slide, grid, encoders, options)
 
 
 def in_arrays(event: SlideDone) -> dict[str, Any]:
@@ -162,10 +146,15 @@ def in_arrays(event: SlideDone) -> dict[str, Any]:
         return event.output
     found = open_features(event.output)
     features = [open_features(event.output, name).features for name in found.encoders]
-    return {
-        "features": one_or_named(found.encoders, features),
-        "coordinates": found.coordinates,
-    } | labelled(event.item)
+    damaged = found.attrs.get("damaged_tiles")
+    return (
+        {
+            "features": one_or_named(found.encoders, features),
+            "coordinates": found.coordinates,
+        }
+        | labelled(event.item)
+        | ({"damaged_tiles": damaged} if damaged else {})
+    )
 
 
 def output_names(items: Sequence[Item]) -> dict[Any, str]:

@@ -1,147 +1,337 @@
-"""The driver: blocks of many slides through one window of the cluster."""
+"""The driver: many slides through one window of a cluster whose workers come, go and die."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import distributed
+from dask._task_spec import Task
 from dask.highlevelgraph import HighLevelGraph
+from dask.typing import Key
+from distributed.scheduler import KilledWorker
 
-from dfx.errors import DfxError, RunError, SlideError, StoreError
-from dfx.run.job import BlockDone, Event, Job, Planned, SlideDone, SlideFailed
+from dfx import store
+from dfx.errors import DfxError, MemoryShortage, RunError, SlideError
+from dfx.run import health
+from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled
+from dfx.run.flights import TRIES, Block, Closing, Finish, Flight, Planning, described
+from dfx.run.item import Item
+from dfx.run.job import Job
+from dfx.run.planning import Planned, Request
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 60
 """Seconds that a run waits for a cluster to have any worker."""
+PAUSED = 30
+"""Seconds that a run waits while every worker is paused; Dask does not wake them by itself (distributed#5999)."""
+LOOK = 1
+"""Seconds between two looks at the cluster."""
 WINDOW = 3
 """Blocks submitted and unfinished, for each thread of the cluster."""
 LEAST = 16
 """Blocks submitted and unfinished on a small cluster: a message to the scheduler costs as much as some of them."""
+KILLS = 2
+"""Workers that a block may kill while they run nothing else, before its slide is given up."""
 
 
-def drive(client: distributed.Client, jobs: Iterable[Job | SlideFailed]) -> Iterator[Event]:
-    """Send the blocks of many slides through one window of the cluster, and tell what happens.
-
-    Slides are planned as the window has room, so no worker waits between two slides and neither
+class Driver:
+    """Slides are planned as the window has room, so no worker waits between two of them, and neither
     this process nor the scheduler grows with the run.
-    """
-    waiting = iter(jobs)
-    current: Job | None = None
-    flying: dict[distributed.Future, tuple[Job, int]] = {}
-    finished = distributed.as_completed(with_results=False, raise_errors=False, loop=client.loop)
-    exhausted = False
-    window, asked = 0, -math.inf
-    while True:
-        if time.monotonic() - asked > 1:  # workers come and go; asking is a round trip
-            window, asked = max(LEAST, WINDOW * sum(client.nthreads().values())), time.monotonic()
-        filling = len(flying) <= window // 2  # many blocks a message
-        while filling and not exhausted and len(flying) < window:
-            if current is None or not current.todo or current.failed:
-                following = next(waiting, None)
+
+    A block that was assigned to two workers that died is run again alone on a worker, so that what kills
+    workers is told from what was beside it.
+    """  # noqa: D205
+
+    def __init__(
+        self,
+        client: distributed.Client,
+        requests: Iterable[tuple[Item, Request]],
+        *,
+        keeps: Callable[[Planned], bool],
+        cache: Callable[[Item], Path],
+        timeout: float,
+    ) -> None:
+        """Take the slides to be made.
+
+        `keeps`: whether what comes back of a slide that was planned without a store has room here; `cache`:
+        its store else. `timeout`: seconds after which a task is given up.
+        """
+        self.client = client
+        self.timeout = timeout
+        self._requests = iter(requests)
+        self._keeps, self._cache = keeps, cache
+        self._again: deque[Planning] = deque()
+        self._ready: deque[Job] = deque()
+        self._suspects: deque[Block] = deque()
+        self._flying: dict[distributed.Future, Flight] = {}
+        self._finished = distributed.as_completed(with_results=False, raise_errors=False, loop=client.loop)
+        self._tries: Counter[object] = Counter()
+        self._kills: Counter[Key] = Counter()
+        self._workers: dict[str, health.Worker] = {}
+        self._looked = self._alone = self._awake = time.monotonic()
+        self._begun: dict[Key, float] = {}
+
+    def events(self) -> Iterator[Event]:
+        """Make all slides, and tell what happens."""
+        self._workers = health.workers(self.client)
+        try:
+            while True:
+                yield from self._fill()
+                if not self._flying and not self._suspects:
+                    return
+                for future in self._next_finished():
+                    flight = self._flying.pop(future, None)
+                    if flight is not None:
+                        yield from self._settle(future, flight)
+                yield from self._look()
+        except KeyboardInterrupt:
+            yield Stopping(sum(isinstance(flight, Block) for flight in self._flying.values()))
+            raise
+        finally:
+            if self._flying and self.client.status == "running":
+                self.client.cancel(list(self._flying))
+
+    # Submitting
+
+    def _fill(self) -> Iterator[Event]:
+        threads = sum(worker.threads for worker in self._workers.values() if not worker.paused)
+        window = max(LEAST, WINDOW * threads)
+        blocks = sum(isinstance(flight, Block) for flight in self._flying.values())
+        self._plan_ahead(max(2, threads))
+        if self._suspects:  # nothing else runs then
+            yield from self._isolate()
+        elif blocks <= window // 2:  # many blocks a message
+            while self._ready and blocks < window:
+                job = self._ready[0]
+                numbers = [] if job.failed else job.take(window - blocks)
+                if not job.todo or job.failed:
+                    self._ready.popleft()
+                if numbers:
+                    self._submit([Block(job, number) for number in numbers])
+                blocks += len(numbers)
+
+    def _plan_ahead(self, most: int) -> None:
+        planning = sum(isinstance(flight, Planning) for flight in self._flying.values())
+        while planning + len(self._ready) < most:
+            if self._again:
+                flight = self._again.popleft()
+            else:
+                following = next(self._requests, None)
                 if following is None:
-                    exhausted = True
-                elif isinstance(following, SlideFailed):
-                    yield following
-                else:
-                    current = following
-                    yield Planned(current.item, current.plan, len(current.plan.grid) - remaining(current))
-                    if not current.todo:
-                        yield close(current)
-                continue
-            started = submit(client, current, current.take(window - len(flying)))
-            finished.update(future for _, future in started)
-            flying |= {future: (current, block) for block, future in started}
-        if not flying:
+                    return
+                item, request = following
+                flight = Planning(replace(request, item=replace(item, given=())), item)
+            self._start(f"dfx-plan-{uuid.uuid4().hex}", flight.request, flight)
+            planning += 1
+
+    def _start(self, key: Key, work: Callable[[], object], flight: Flight) -> None:
+        graph = HighLevelGraph.from_collections(f"dfx-{uuid.uuid4().hex}", {key: Task(key, work)})
+        (future,) = self.client.get(graph, [key], sync=False, priority=1)
+        self._fly(future, flight)
+
+    def _submit(self, blocks: list[Block], worker: str | None = None) -> None:
+        tasks = blocks[0].job.planned.tasks
+        # As a high level graph: the client would hash a low level one anew, which costs as much as scheduling it.
+        graph = HighLevelGraph.from_collections(f"dfx-{uuid.uuid4().hex}", tasks.part([b.number for b in blocks]))
+        keys = [block.key for block in blocks]
+        for block, future in zip(blocks, self.client.get(graph, keys, sync=False, workers=worker), strict=True):
+            self._fly(future, block)
+
+    def _fly(self, future: distributed.Future, flight: Flight) -> None:
+        self._flying[future] = flight
+        self._finished.add(future)
+
+    def _isolate(self) -> Iterator[Event]:
+        """Run suspects alone, one a worker, once nothing else runs."""
+        if any(not isinstance(flight, Block) or not flight.alone_on for flight in self._flying.values()):
             return
-        for future in next_finished(client, finished):
-            job, block = flying.pop(future)
-            if job.failed:
-                continue
-            error = failure(future, job, block)
-            if error is not None:
-                job.failed = True
-                for other in [f for f, (owner, _) in flying.items() if owner is job]:
-                    other.cancel()
-                yield give_up(job, error)
-                continue
-            rows = job.plan.rows(block)
-            if job.kept is not None:
-                job.kept[rows] = future.result()
-            job.unfinished -= 1
-            yield BlockDone(job.item, rows.stop - rows.start)
-            if not job.unfinished:
-                yield close(job)
+        taken = {flight.alone_on for flight in self._flying.values() if isinstance(flight, Block)}
+        for address in [a for a, worker in self._workers.items() if a not in taken and not worker.paused]:
+            if not self._suspects:
+                return
+            block = replace(self._suspects.popleft(), alone_on=address)
+            if not block.job.failed:
+                yield Throttled(f"{block} was with {KILLS} workers or more that died, so it runs alone on {address}")
+                self._submit([block], worker=address)
 
+    # What comes back
 
-def next_finished(client: distributed.Client, finished: distributed.as_completed) -> list[distributed.Future]:
-    """Wait for blocks; raises `RunError` when the cluster has had no worker for `PATIENCE` seconds."""
-    alone = time.monotonic()
-    while not finished.has_ready():
-        with finished.thread_condition:
-            if finished.has_ready() or finished.thread_condition.wait(timeout=1):
-                continue
-        if client.status != "running":
-            raise RunError(f"client {client.id} is {client.status}: connect again; running again resumes.")
-        if client.nthreads():
-            alone = time.monotonic()
-        if time.monotonic() - alone > PATIENCE:
+    def _next_finished(self) -> list[distributed.Future]:
+        """Wait for tasks, at most until the next look at the cluster."""
+        with self._finished.thread_condition:
+            if not self._finished.has_ready():
+                self._finished.thread_condition.wait(timeout=LOOK)
+        if self.client.status != "running":
+            raise RunError(f"client {self.client.id} is {self.client.status}: connect again; running again resumes.")
+        batch: list[distributed.Future] = self._finished.next_batch(block=False)
+        return batch
+
+    def _settle(self, future: distributed.Future, flight: Flight) -> Iterator[Event]:
+        status = future.status
+        error = future.exception() if status == "error" else None
+        value = future.result() if status == "finished" else None
+        future.release()  # before the same key is submitted again
+        job = None if isinstance(flight, Planning) else flight.job
+        if job is not None and job.failed:
+            return
+        if status == "finished":
+            if isinstance(flight, Planning):
+                yield from self._planned(flight, cast(Planned, value))
+            elif isinstance(flight, Block):
+                yield from self._made(flight, value)
+            else:
+                yield SlideDone(flight.job.item, flight.job.result())
+        elif isinstance(error, KilledWorker) and isinstance(flight, Block):
+            self._suspects.append(flight)
+        elif self._may_try_again(flight, error):
+            yield from self._try_again(flight, error)
+        else:
+            yield from self._give_up(flight, described(flight, status, error))
+
+    def _planned(self, flight: Planning, planned: Planned) -> Iterator[Event]:
+        planned = replace(planned, item=flight.item)
+        if planned.path is None and not self._keeps(planned):
+            self._again.append(Planning(replace(flight.request, path=self._cache(flight.item)), flight.item))
+            return
+        yield planned
+        job = Job(planned)
+        if job.todo:
+            self._ready.append(job)
+        else:
+            yield from self._close(job)
+
+    def _made(self, block: Block, value: object) -> Iterator[Event]:
+        job, rows = block.job, block.job.planned.rows(block.number)
+        if job.kept is not None:
+            job.kept[rows] = value
+        job.unfinished -= 1
+        yield BlockDone(job.item, rows.stop - rows.start)
+        if not job.unfinished:
+            yield from self._close(job)
+
+    def _close(self, job: Job) -> Iterator[Event]:
+        path = job.planned.path
+        if path is None:
+            yield SlideDone(job.item, job.result())
+        else:
+            self._start(f"dfx-close-{uuid.uuid4().hex}", Finish(path), Closing(job))
+
+    def _may_try_again(self, flight: Flight, error: BaseException | None) -> bool:
+        name: object = flight.key if isinstance(flight, Block) else flight
+        if error is None or (isinstance(error, MemoryShortage) and isinstance(flight, Block)):
+            self._tries[name] += 1
+            return self._tries[name] < TRIES
+        return False
+
+    def _try_again(self, flight: Flight, error: BaseException | None) -> Iterator[Event]:
+        if isinstance(flight, Planning):
+            self._again.append(flight)
+        elif isinstance(flight, Closing):
+            yield from self._close(flight.job)
+        else:
+            if not flight.job.todo:
+                self._ready.append(flight.job)
+            flight.job.todo.append(flight.number)
+        if error is not None:
+            yield Throttled(f"{flight}: {error}")
+
+    def _give_up(self, flight: Flight, error: DfxError) -> Iterator[Event]:
+        """Fail a slide: drop its blocks, and note the reason where its output is."""
+        if isinstance(flight, Planning):
+            yield SlideFailed(flight.item, error)
+            return
+        job = flight.job
+        job.failed = True
+        others = [f for f, o in self._flying.items() if isinstance(o, Block) and o.job is job]
+        for other in others:
+            del self._flying[other]
+        if others:
+            self.client.cancel(others)
+        if job.planned.path is not None:
+            try:
+                store.fail(job.planned.path, str(error))
+            except (OSError, ValueError, KeyError) as e:  # the disk that failed the block; a store that was removed
+                log.warning("%s can't note its failure: %s", job.planned.path, e)
+        yield SlideFailed(job.item, error)
+
+    # What becomes of workers
+
+    def _look(self) -> Iterator[Event]:
+        """See who came, went, is paused or hangs; raises `RunError` when the cluster can't go on."""
+        now = time.monotonic()
+        if now - self._looked < LOOK:
+            return
+        self._looked = now
+        known, self._workers = self._workers, health.workers(self.client)
+        if known.keys() - self._workers.keys():
+            yield from self._bury(known.keys() - self._workers.keys())
+        if self._workers:
+            self._alone = now
+        elif now - self._alone > PATIENCE:
             raise RunError(
-                f"the cluster at {client.scheduler.address} has had no worker for {PATIENCE} seconds: "
+                f"the cluster at {self.client.scheduler.address} has had no worker for {PATIENCE} seconds: "
                 "start workers; running again resumes."
             )
-    batch: list[distributed.Future] = finished.next_batch(block=False)
-    return batch
+        if not self._workers or not all(worker.paused for worker in self._workers.values()):
+            self._awake = now
+        elif now - self._awake > PAUSED:
+            figures = ", ".join(
+                f"{address}: {worker.resident / 2**20:,.0f} of {worker.limit / 2**20:,.0f} MB"
+                for address, worker in list(self._workers.items())[:8]
+            )
+            raise RunError(
+                f"all {len(self._workers)} workers have been paused by Dask for {PAUSED} seconds, for want of memory "
+                f"({figures}): restart them with more, with fewer threads, or use a smaller batch_size; "
+                "running again resumes."
+            )
+        yield from self._give_up_what_hangs(now)
 
+    def _bury(self, addresses: set[str]) -> Iterator[Event]:
+        """Find the blocks that may have killed workers."""
+        flying = {f: b for f, b in self._flying.items() if isinstance(b, Block)}
+        counts = health.blamed(self.client, [block.key for block in flying.values()])
+        for future, block in flying.items():
+            if block.alone_on in addresses:
+                self._kills[block.key] += 1
+                if self._kills[block.key] >= KILLS:
+                    self._drop(future)
+                    what = (
+                        f"{block} killed {KILLS} workers that ran nothing else: it takes more memory than they have, "
+                    )
+                    yield from self._give_up(block, SlideError(what + "or its encoder or a tile of it crashes them."))
+                    continue
+            if block.alone_on in addresses or (block.alone_on is None and counts.get(block.key, 0) >= KILLS):
+                self._drop(future)
+                self._suspects.append(replace(block, alone_on=None))
 
-def remaining(job: Job) -> int:
-    """Patches of a job that are still to be made."""
-    rows = (job.plan.rows(block) for block in job.todo)
-    return sum(r.stop - r.start for r in rows)
+    def _drop(self, future: distributed.Future) -> None:
+        del self._flying[future]
+        self.client.cancel([future])
 
-
-def submit(client: distributed.Client, job: Job, blocks: list[int]) -> list[tuple[int, distributed.Future]]:
-    """Start some blocks; gives (block, future)."""
-    keys = [job.tasks.keys[block] for block in blocks]
-    # As a high level graph: the client would hash a low level one anew, which costs as much as scheduling it.
-    graph = HighLevelGraph.from_collections(f"blocks-{uuid.uuid4().hex}", job.tasks.part(blocks))
-    futures = client.get(graph, keys, sync=False)
-    return list(zip(blocks, futures, strict=True))
-
-
-def failure(future: distributed.Future, job: Job, block: int) -> DfxError | None:
-    """What went wrong with a block, None when it is done."""
-    if future.status == "finished":
-        return None
-    where = f"block {block} of {job.plan.slide.url}"
-    if future.status != "error":
-        return SlideError(f"{where} was {future.status} by the cluster: run again to resume.")
-    error = future.exception()
-    if isinstance(error, DfxError):
-        return error
-    if isinstance(error, OSError):
-        return StoreError(f"{where} can't be written ({error}): check the disk and run again to resume.")
-    return SlideError(f"{where} failed ({type(error).__name__}: {error}); run again to resume.")
-
-
-def close(job: Job) -> SlideDone | SlideFailed:
-    """Close what is done; what goes wrong with it is that slide's failure."""
-    try:
-        return job.finish()
-    except OSError as e:
-        path = job.store.path if job.store else job.item.address
-        return give_up(job, StoreError(f"{path} can't be closed ({e}): check the disk and run again to resume."))
-
-
-def give_up(job: Job, error: DfxError) -> SlideFailed:
-    """Note a failure where the slide's output is."""
-    if job.store is not None:
-        try:
-            job.store.fail(str(error))
-        except OSError as e:  # the disk that failed the block
-            log.warning("%s can't note its failure: %s", job.store.path, e)
-    return SlideFailed(job.item, error)
+    def _give_up_what_hangs(self, now: float) -> Iterator[Event]:
+        processing = {key: a for a, keys in self.client.processing().items() for key in keys} if self._flying else {}
+        self._begun = {key: self._begun.get(key, now) for key in processing}
+        for future, flight in list(self._flying.items()):
+            if now - self._begun.get(future.key, now) < self.timeout:
+                continue
+            address = processing[future.key]
+            what = str(flight) if isinstance(flight, Block) else "planning or closing it"
+            del self._flying[future]
+            self.client.cancel([future], force=True)
+            error = SlideError(
+                f"{what} has not ended in {self.timeout:g} seconds on {address}: given up; "
+                "raise block_timeout (--block-timeout), or look at what hangs."
+            )
+            if address in self._workers and self._workers[address].nanny:
+                self.client.restart_workers([address], timeout=60, raise_for_error=False)
+            else:
+                log.warning("a thread of %s is lost to what hangs: no nanny restarts it", address)
+            yield from self._give_up(flight, error)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx import resolution as res
-from dfx.errors import CallTypeError, ResolutionError, SlideError
+from dfx.errors import CallTypeError, ResolutionError, SlideError, TileError
 from dfx.slides.cache import OPENED, TILES
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level, TileGrid, as_rgb
@@ -105,6 +105,7 @@ class Slide:
         rgb: bool,
         pitch_yx: tuple[float, float] | None = None,
         shrink: int = 1,
+        damaged: set[str] | None = None,
     ) -> Iterator[tuple[NDArray[Any], tuple[int, int], list[int]]]:
         """Decode each tile that a box touches, once: its pixels, where they lie, and which boxes touch it.
 
@@ -112,8 +113,8 @@ class Slide:
         without what is padded beyond the level, which may be overwritten when the next is asked for;
         (y, x) on the level; and indices of `boxes`. `pitch_yx`: pixels of the level from one box to the next,
         where the boxes are some of a lattice: tiles that others of it touch are kept for them. `shrink`:
-        tiles are decoded to so small a part of their size, where `can_shrink` says so. Raises `SlideError`
-        that names the tile.
+        tiles are decoded to so small a part of their size, where `can_shrink` says so. Raises `TileError`
+        that names the tile; with `damaged`, its name is added there instead, and the tile left out.
         """
         level = self.levels[n]
         if rgb:
@@ -125,7 +126,13 @@ class Slide:
                 key = self.source.serial, n, p, r, c, rgb, shrink
                 tile = TILES.get(key) if (r, c) in shared else None
                 if tile is None:
-                    tile = self._decode(n, part, r, c, scratch=True, shrink=shrink)
+                    try:
+                        tile = self._decode(n, part, r, c, scratch=True, shrink=shrink)
+                    except TileError as e:
+                        if damaged is None:
+                            raise
+                        damaged.add(e.tile)
+                        continue
                     tile = as_rgb(tile, level.colour) if rgb else tile
                     if (r, c) in shared:
                         TILES.put(key, tile)
@@ -145,8 +152,9 @@ class Slide:
         at = [(int(o), int(c)) for o, c in zip(part.offsets[:, row, column], part.counts[:, row, column], strict=True)]
         name = f"tile {index} (row {row}, column {column}) of level {n} of {self.url}"
         if any(offset < 0 or count < 0 or offset + count > self.source.size for offset, count in at):
-            raise SlideError(
-                f"{name} lies past the end of the file, which has {self.source.size} bytes: copy the slide again."
+            raise TileError(
+                name,
+                f"{name} lies past the end of the file, which has {self.source.size} bytes: copy the slide again.",
             )
         planes = []
         for data, decode in zip(self.source.read(at), part.decoders, strict=True):
@@ -157,14 +165,16 @@ class Slide:
                 else:
                     planes.append(decode(data, index, scratch=scratch and len(at) == 1))
             except Exception as e:  # codecs raise many kinds; none of them says which tile
-                raise SlideError(f"{name} can't be decoded ({e}): the file is damaged; copy or export it again.") from e
+                raise TileError(
+                    name, f"{name} can't be decoded ({e}): the file is damaged; copy or export it again."
+                ) from e
         tile = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
         needed = [
             -(-min(size, whole - i * size) // shrink)
             for size, whole, i in zip(part.tile_yx, part.shape_yx, (row, column), strict=True)
         ]
         if tile.shape[0] < needed[0] or tile.shape[1] < needed[1] or tile.shape[2] != self.levels[n].channels:
-            raise SlideError(f"{name} has {tile.shape} pixels, not {part.tile_yx}: the file is damaged.")
+            raise TileError(name, f"{name} has {tile.shape} pixels, not {part.tile_yx}: the file is damaged.")
         return tile
 
     def check_picture(self, n: int = 0) -> None:

@@ -5,6 +5,7 @@
                             with several encoders a group with one such array each
         coordinates         int64 (N, 4) [x0, y0, x1, y1] at the requested resolution, end exclusive
         labels              where given
+        notes/              while it is written: what blocks noted; goes into the attribute when it is closed
 
 A chunk is written whole, by one task, by an atomic rename, so a chunk that is there is right, and
 writing it again changes nothing.
@@ -26,7 +27,7 @@ import zarr
 from dfx.errors import CallTypeError, StoreError
 from dfx.plan import FORMAT, Head
 
-NODES = ("zarr.json", "features", "coordinates", "labels")
+NODES = ("zarr.json", "features", "coordinates", "labels", "notes")
 """What dfx writes into a store's folder."""
 
 
@@ -99,14 +100,19 @@ def create_group(path: Path, status: str, said: dict[str, Any]) -> zarr.Group:
     return zarr.create_group(str(path), attributes={"dfx": head | created | said})
 
 
-def node_names(heads: Sequence[Head]) -> list[str]:
+def node_names(encoders: Sequence[str]) -> list[str]:
     """Where each encoder's features lie in the group."""
-    return ["features"] if len(heads) == 1 else [f"features/{head.name}" for head in heads]
+    return ["features"] if len(encoders) == 1 else [f"features/{name}" for name in encoders]
+
+
+def encoders_in(attributes: dict[str, Any]) -> list[str]:
+    """Name the encoders of a store, from what it says of itself."""
+    return list(attributes["encoders"]) if "encoders" in attributes else [attributes["encoder"]["name"]]
 
 
 def create_features(group: zarr.Group, n: int, heads: Sequence[Head], block_size: int) -> None:
     """Create the empty features arrays, one chunk a block."""
-    for name, head in zip(node_names(heads), heads, strict=True):
+    for name, head in zip(node_names([head.name for head in heads]), heads, strict=True):
         group.create_array(
             name,
             shape=(n, head.dim),

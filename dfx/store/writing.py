@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import threading
+import uuid
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,9 +39,14 @@ class Store:
     """Where blocks go, one for each encoder."""
 
     @classmethod
-    def at(cls, path: Path, heads: Sequence[Head]) -> Store:
+    def at(cls, path: Path, encoders: Sequence[str]) -> Store:
         """Open the store of some encoders to write blocks."""
-        return cls(path, tuple(features_array(path, name) for name in node_names(heads)))
+        return cls(path, tuple(features_array(path, name) for name in node_names(encoders)))
+
+    @property
+    def notes(self) -> Path:
+        """Where blocks note what is to be known of them beside their features."""
+        return self.path / "notes"
 
     @property
     def target(self) -> zarr.Array[Any] | Columns:
@@ -63,7 +72,7 @@ class Store:
                     "give another save_dir (--out), or overwrite=True (--overwrite) to replace it."
                 )
             if stored.get("status") != "created":  # its arrays are all there
-                store = cls.at(path, plan.heads)
+                store = cls.at(path, [head.name for head in plan.heads])
                 changes = {} if label in (None, stored.get("label")) else {"label": label}
                 if stored.get("status") != "running" and store.missing():
                     changes |= {"status": "running"}
@@ -92,7 +101,7 @@ class Store:
         array[...] = coordinates
         create_features(group, len(plan.grid), plan.heads, plan.options.block_size)
         update(path, status="running")
-        return cls.at(path, plan.heads)
+        return cls.at(path, [head.name for head in plan.heads])
 
     @property
     def complete(self) -> bool:
@@ -113,17 +122,46 @@ class Store:
 
         return [block for block in range(self.arrays[0].cdata_shape[0]) if not there(block)]
 
-    def finish(self) -> None:
-        """Close the store: consolidated metadata, then the status, which is so the last thing written."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the zarr 3 standard yet
-            warnings.filterwarnings("ignore", message="Object at")  # a user's file in the store's folder
-            zarr.consolidate_metadata(str(self.path))
-        update(self.path, status="complete", failure=None)
 
-    def fail(self, reason: str) -> None:
-        """Note why the slide failed; running again goes on from here."""
-        update(self.path, status="failed", failure=reason)
+def write_note(folder: Path, name: str, said: dict[str, Any]) -> None:
+    """Note something of a block; whole or not at all, as a chunk is."""
+    folder.mkdir(exist_ok=True)
+    part = folder / f".{name}.{uuid.uuid4().hex}.partial"
+    part.write_text(json.dumps(said))
+    part.replace(folder / f"{name}.json")
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Bring the notes of all blocks together."""
+    damaged: set[str] = set()
+    batches: dict[str, int] = {}
+    for file in sorted(folder.glob("*.json")):
+        said = json.loads(file.read_text())
+        damaged.update(said["damaged_tiles"])
+        if "batch_size" in said:
+            batches[file.stem] = said["batch_size"]
+    found: dict[str, Any] = {"damaged_tiles": sorted(damaged)} if damaged else {}
+    return found | ({"batches": batches} if batches else {})
+
+
+_closing = threading.Lock()
+
+
+def finish(path: Path) -> None:
+    """Close a store: notes, consolidated metadata, then the status, which is so the last thing written."""
+    notes = path / "notes"
+    said = read_notes(notes)
+    shutil.rmtree(notes, ignore_errors=True)
+    with _closing, warnings.catch_warnings():  # which is no other thread's to enter
+        warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the zarr 3 standard yet
+        warnings.filterwarnings("ignore", message="Object at")  # a user's file in the store's folder
+        zarr.consolidate_metadata(str(path))
+    update(path, status="complete", failure=None, **said)
+
+
+def fail(path: Path, reason: str) -> None:
+    """Note why the slide failed; running again goes on from here."""
+    update(path, status="failed", failure=reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +206,7 @@ def write_patch_mode(
     try:
         group = create_group(path, "running", describe_heads(heads))
         create_features(group, len(features[0]), heads, block_size)
-        store = Store.at(path, heads)
+        store = Store.at(path, [head.name for head in heads])
         for array, rows in zip(store.arrays, features, strict=True):
             array[...] = rows
         if labels is not None:
@@ -177,7 +215,7 @@ def write_patch_mode(
                 group.create_array("labels", data=values)
             else:
                 update(path, labels=[str(value) for value in values])
-        store.finish()
+        finish(path)
     except OSError as e:
         raise StoreError(f"{path} can't be written ({e}): check the disk and its permissions.") from e
     return path

@@ -1,0 +1,67 @@
+"""What a cluster says of itself: its workers, who is paused, what died with whom, and where time went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import distributed
+from dask.typing import Key
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker of a cluster."""
+
+    threads: int
+    """Tasks that it runs at a time."""
+    paused: bool
+    """Whether Dask has stopped giving it tasks, for want of memory."""
+    resident: int
+    """Bytes that its process takes."""
+    limit: int
+    """Bytes that it may take; 0: no limit."""
+    nanny: bool
+    """Whether something restarts it."""
+
+
+def workers(client: distributed.Client) -> dict[str, Worker]:
+    """Ask a cluster for its workers, by address."""
+    found = client.scheduler_info(n_workers=-1)["workers"]
+    return {
+        address: Worker(
+            threads=said["nthreads"],
+            paused=said.get("status") == "paused",
+            resident=int(said.get("metrics", {}).get("memory", 0)),
+            limit=int(said.get("memory_limit") or 0),
+            nanny=bool(said.get("nanny")),
+        )
+        for address, said in found.items()
+    }
+
+
+def blamed(client: distributed.Client, keys: Sequence[Key]) -> dict[Key, int]:
+    """Ask with how many dying workers each task was; Dask blames every task that was assigned, running or not."""
+    found: dict[Key, int] = client.run_on_scheduler(_blamed, keys=list(keys))
+    return found
+
+
+def _blamed(keys: Sequence[Key], dask_scheduler: Any = None) -> dict[Key, int]:
+    tasks = dask_scheduler.tasks
+    return {key: tasks[key].suspicious for key in keys if key in tasks}
+
+
+def seconds_by_stage(client: distributed.Client) -> dict[str, float]:
+    """Ask how long the cluster's workers have read and encoded, in all: seconds by stage."""
+    found: dict[str, float] = client.run_on_scheduler(_seconds_by_stage)
+    return found
+
+
+def _seconds_by_stage(dask_scheduler: Any = None) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, seconds in dask_scheduler.cumulative_worker_metrics.items():
+        if key[0] == "execute" and str(key[-2]).startswith("dfx-") and key[-1] == "seconds":
+            stage = str(key[-2]).removeprefix("dfx-")
+            found[stage] = found.get(stage, 0) + seconds
+    return found

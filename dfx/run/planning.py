@@ -1,0 +1,169 @@
+"""Planning a slide, as a task on a worker: opened, laid out, its store made, its blocks' tasks built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx import arrays, cluster, memory
+from dfx.encoders import EncoderSpec
+from dfx.errors import MemoryShortage, SlideError, StoreError
+from dfx.grid import PatchGrid
+from dfx.plan import Options, Plan
+from dfx.resolution import Units
+from dfx.run.item import Item
+from dfx.store import Store
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """Where the patches of every slide of a run lie; see `PatchGrid.over`."""
+
+    shape: int | tuple[int, int]
+    """Rows and columns of a patch."""
+    resolution: float | tuple[float, float]
+    """At which patches are made."""
+    units: Units
+    """Units of the resolution."""
+    stride: int | tuple[int, int] | None = None
+    """Rows and columns between patches; None: the shape."""
+    min_mask_ratio: float = 0.0
+    """Share of a patch that must be above this under the mask."""
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A slide's patches are known, and how many of them are there from an earlier run.
+
+    No slide is in it: the process that directs a run opens none.
+    """
+
+    item: Item
+    """Which slide."""
+    patches: int
+    """How many there are."""
+    done: int
+    """How many of them are there already."""
+    block_size: int
+    """Patches in a block."""
+    todo: tuple[int, ...]
+    """Blocks that are to be made."""
+    tasks: arrays.Tasks
+    """What makes each block: it writes the block, or gives it."""
+    names: tuple[str, ...]
+    """Of the encoders."""
+    dims: tuple[int, ...]
+    """Width of each one's features."""
+    dtypes: tuple[np.dtype[Any], ...]
+    """And their data types."""
+    projected: int
+    """Bytes that a worker of the cluster takes for it."""
+    path: Path | None = None
+    """The store where blocks are written; None: they are given."""
+    coordinates: NDArray[np.int64] | None = None
+    """Of the patches, where there is no store."""
+
+    def rows(self, block: int) -> slice:
+        """The rows of a block."""
+        start = block * self.block_size
+        return slice(start, min(start + self.block_size, self.patches))
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self.tasks.keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of features and coordinates."""
+        a_patch = sum(dim * dtype.itemsize for dim, dtype in zip(self.dims, self.dtypes, strict=True))
+        return self.patches * (a_patch + 32)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is to be planned."""
+
+    item: Item
+    """The slide."""
+    encoders: tuple[EncoderSpec, ...]
+    """With what."""
+    where: GridOptions
+    """Where."""
+    options: Options
+    """How."""
+    path: Path | None
+    """Where the store is to be; None: blocks come back."""
+    overwrite: bool
+    """Whether a store of another plan is replaced."""
+
+    def __call__(self) -> Planned:
+        """Plan the slide; raises `DfxError`."""
+        plan = self.plan()
+        threads = cluster.task_threads() or 1
+        check_room(plan, self.options.memory_threshold, cluster.memory_limit())
+        if self.path is None:
+            tasks, todo, coordinates = arrays.Tasks.of(arrays.lazy_features(plan)), None, plan.grid.coordinates
+        else:
+            coordinates = None
+            try:
+                store = Store.prepare(self.path, plan, self.item.label, overwrite=self.overwrite)
+            except OSError as e:
+                raise StoreError(f"{self.path} can't be written ({e}): check the disk and its permissions.") from e
+            lazy = arrays.written(arrays.lazy_features(plan, store.notes), store.target) if len(plan.grid) else None
+            tasks = arrays.Tasks.of(da.empty((0,)) if lazy is None else lazy)
+            todo = store.missing()
+        blocks = list(range(plan.blocks)) if todo is None else todo
+        left = sum(rows.stop - rows.start for rows in map(plan.rows, blocks))
+        return Planned(
+            item=self.item,
+            patches=len(plan.grid),
+            done=len(plan.grid) - left,
+            block_size=self.options.block_size,
+            todo=tuple(blocks),
+            tasks=tasks,
+            names=tuple(head.name for head in plan.heads),
+            dims=tuple(head.dim for head in plan.heads),
+            dtypes=tuple(head.dtype for head in plan.heads),
+            projected=plan.projected(threads),
+            path=self.path,
+            coordinates=coordinates,
+        )
+
+    def plan(self) -> Plan:
+        """Open the slide, lay its grid, and find the shape of its features."""
+        where = self.where
+        try:
+            slide = self.item.open()
+            grid = PatchGrid.over(
+                slide,
+                shape=where.shape,
+                resolution=where.resolution,
+                units=where.units,
+                stride=where.stride,
+                mask=self.item.mask,
+                min_mask_ratio=where.min_mask_ratio,
+            )
+        except OSError as e:
+            raise SlideError(f"{self.item.address} can't be read ({e}): check the disk and the file.") from e
+        return arrays.make_plan(slide, grid, self.encoders, self.options)
+
+
+def check_room(plan: Plan, threshold: float | None, limit: int | None) -> None:
+    """Refuse what a worker has no memory for, even one block at a time and a patch a batch."""
+    if threshold is None or not len(plan.grid):
+        return
+    least = plan.needs.of_worker(1, 1)
+    most = (limit or memory.MEMORY_LIMIT) * memory.HARD // 100
+    if least > most:
+        raise MemoryShortage(
+            f"{plan.slide.url} takes {least / 2**20:,.0f} MB with one thread and one patch a batch "
+            f"({plan.needs.shared / 2**20:,.0f} MB for weights and tiles, {plan.needs.of_thread(1) / 2**20:,.0f} MB a "
+            f"thread), but workers may take {most / 2**20:,.0f} MB: "
+            "give them more memory, or use a smaller block_size, patch or encoder."
+        )
