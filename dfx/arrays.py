@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 from dask import core
 from dask._task_spec import Alias, GraphNode
+from dask._task_spec import Task as GraphTask
 from dask.base import tokenize
 from dask.typing import Key
 from numpy.typing import NDArray
@@ -203,15 +204,19 @@ class Tasks:
             keys.append(key)
         return cls(tuple(keys), graph)
 
-    def part(self, blocks: Sequence[int]) -> dict[Key, GraphNode]:
-        """Give what makes some blocks, and nothing more."""
+    def part(self, blocks: Mapping[int, Key]) -> dict[Key, GraphNode]:
+        """Give what makes some blocks, each under a key, and nothing more."""
         found: dict[Key, GraphNode] = {}
-        wanted = [self.keys[block] for block in blocks]
-        while wanted:
-            key = wanted.pop()
-            if key not in found:
-                found[key] = self.graph[key]
-                wanted += self.graph[key].dependencies
+        for block, name in blocks.items():
+            task = self.graph[self.keys[block]]
+            assert isinstance(task, GraphTask)
+            found[name] = task if task.key == name else GraphTask(name, task.func, *task.args, **task.kwargs)
+            wanted = list(task.dependencies)
+            while wanted:
+                key = wanted.pop()
+                if key not in found:
+                    found[key] = self.graph[key]
+                    wanted += self.graph[key].dependencies
         return found
 
 

@@ -1,4 +1,4 @@
-"""The command line: `dfx extract | info | encoders | show | demo`."""
+"""The command line: `dfx extract | info | status | encoders | show | demo`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -99,11 +100,24 @@ def parser() -> argparse.ArgumentParser:
         "--memory-threshold", type=float, default=80, metavar="P", help="percent of memory to stay below (default: 80)"
     )
     p.add_argument("--storage-options", type=json.loads, metavar="JSON", help="options of the file systems")
+    p.add_argument(
+        "--on-bad-tile",
+        choices=["fail", "fill"],
+        default="fail",
+        help="fill: a tile that can't be decoded is white, and named in the store (default: its slide fails)",
+    )
+    p.add_argument(
+        "--block-timeout", type=float, default=3600, metavar="S", help="seconds until what hangs is given up (3600)"
+    )
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
     p = commands.add_parser("info", help="say what a slide is: vendor, levels, tiles, codec, mpp, power")
     p.set_defaults(command=info)
     p.add_argument("slides", nargs="+", metavar="SLIDE")
+
+    p = commands.add_parser("status", help="say how far the stores of a folder are")
+    p.set_defaults(command=status)
+    p.add_argument("folder", metavar="DIR")
 
     p = commands.add_parser("encoders", help="list the named encoders")
     p.set_defaults(command=encoders)
@@ -153,6 +167,8 @@ def extract(args: argparse.Namespace) -> int:
             output_type="zarr",
             auto_get_mask=args.mask == "tissue",
             reading=args.reading,
+            on_bad_tile=args.on_bad_tile,
+            block_timeout=args.block_timeout,
             memory_threshold=args.memory_threshold,
             wsireader_kwargs={name: value for name, value in given.items() if value is not None},
             storage_options=args.storage_options,
@@ -198,6 +214,20 @@ def info(args: argparse.Namespace) -> int:
         for name, value in [*rows.items(), *(("note", note) for note in slide.notes)]:
             print(f"  {name:<12} {value}")
     return FAILURES if bad else DONE
+
+
+def status(args: argparse.Namespace) -> int:
+    """Say how far the stores of a folder are; gives 1 unless all of dfx's are complete."""
+    from dfx.store import statuses
+
+    found = statuses(args.folder)
+    for one in found:
+        share = f"{one.done / one.blocks:.0%} of {one.blocks} blocks" if one.blocks else ""
+        told = "; ".join(part for part in (share if one.state in ("partial", "failed") else "", one.reason) if part)
+        print(f"{one.state:<9} {one.path.name}{f'  ({told})' if told else ''}")
+    counts = Counter(one.state for one in found)
+    print(", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing here")
+    return FAILURES if counts["partial"] or counts["failed"] else DONE
 
 
 def encoders(args: argparse.Namespace) -> int:

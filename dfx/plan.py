@@ -178,7 +178,7 @@ class Plan:
             shared=tiles + sum(head.weights for head in self.heads) + LIBRARIES,
             shared_a_patch=activations,
             a_thread=working_memory(self.slide, self.grid.view, origins, self.grid.shape_yx)
-            + self.options.block_size * self.shape[1] * self.dtype.itemsize
+            + min(self.options.block_size, len(self.grid)) * self.shape[1] * self.dtype.itemsize
             + min(KEPT_A_THREAD, self.batch * activations),
             a_thread_a_patch=3 * (pixels + (pixels + resized) * FLOAT),
         )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -20,3 +24,56 @@ def means(patches: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """What `Means` gives, by numpy."""
     x = patches.astype(np.float64) / 255
     return np.concatenate([x.mean((1, 2)), (x * x).mean((1, 2))], axis=1)
+
+
+class Slow(Means):
+    """Takes 20 ms a patch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02 * len(x))
+        return super().forward(x)
+
+
+class Deadly(Means):
+    """Ends its process at patches that hang far over the lower edge of their slide."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if deadly(x):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+
+
+class Stuck(Means):
+    """Never ends at the patches that `Deadly` dies of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if deadly(x):
+            time.sleep(3600)
+        return super().forward(x)
+
+
+def deadly(x: torch.Tensor) -> bool:
+    """Whether a patch hangs over the lower edge of its slide by 56 of its 64 rows."""
+    return bool(((x[:, :, 8:] == 1).all((1, 2, 3)) & (x[:, :, :8] < 1).any((1, 2, 3))).any())
+
+
+class Hungry(Means):
+    """Takes 12 MB a patch while it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        big = self.widen(x)
+        return super().forward(x) + 0 * big.mean()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen = nn.Conv2d(3, 768, 1, bias=False)
+
+
+HOARD: list[bytearray] = []
+
+
+def hoard(nbytes: int) -> None:
+    """Keep as much in this process for ever as makes it so large."""
+    memory = bytearray(nbytes - psutil.Process().memory_info().rss)
+    memory[::4096] = b"\1" * len(memory[::4096])
+    HOARD.append(memory)

@@ -132,7 +132,7 @@ def run_slides(
             result.failures.update(dict.fromkeys(event.item.given, event.error))
             log.info("%s failed: %s", event.item.address, event.error)
         elif isinstance(event, Throttled):
-            log.warning("%s", event.reason)
+            log.info("%s", event.reason)
         notify(event)
     for item in items:  # in the order given, whichever was done first
         if item.identity in outputs:

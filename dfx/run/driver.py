@@ -74,7 +74,8 @@ class Driver:
         self._flying: dict[distributed.Future, Flight] = {}
         self._finished = distributed.as_completed(with_results=False, raise_errors=False, loop=client.loop)
         self._tries: Counter[object] = Counter()
-        self._kills: Counter[Key] = Counter()
+        self._kills: Counter[tuple[Job, int]] = Counter()
+        self._attempts: Counter[tuple[Job, int]] = Counter()
         self._workers: dict[str, health.Worker] = {}
         self._looked = self._alone = self._awake = time.monotonic()
         self._begun: dict[Key, float] = {}
@@ -115,7 +116,7 @@ class Driver:
                 if not job.todo or job.failed:
                     self._ready.popleft()
                 if numbers:
-                    self._submit([Block(job, number) for number in numbers])
+                    self._submit([Block(job, number, self._attempts[job, number]) for number in numbers])
                 blocks += len(numbers)
 
     def _plan_ahead(self, most: int) -> None:
@@ -140,8 +141,9 @@ class Driver:
     def _submit(self, blocks: list[Block], worker: str | None = None) -> None:
         tasks = blocks[0].job.planned.tasks
         # As a high level graph: the client would hash a low level one anew, which costs as much as scheduling it.
-        graph = HighLevelGraph.from_collections(f"dfx-{uuid.uuid4().hex}", tasks.part([b.number for b in blocks]))
         keys = [block.key for block in blocks]
+        part = tasks.part(dict(zip((block.number for block in blocks), keys, strict=True)))
+        graph = HighLevelGraph.from_collections(f"dfx-{uuid.uuid4().hex}", part)
         for block, future in zip(blocks, self.client.get(graph, keys, sync=False, workers=worker), strict=True):
             self._fly(future, block)
 
@@ -177,8 +179,15 @@ class Driver:
     def _settle(self, future: distributed.Future, flight: Flight) -> Iterator[Event]:
         status = future.status
         error = future.exception() if status == "error" else None
-        value = future.result() if status == "finished" else None
-        future.release()  # before the same key is submitted again
+        # A block that was written gives None: asking for it is a round trip, to a worker that may be dead.
+        wanted = isinstance(flight, Planning) or (isinstance(flight, Block) and flight.job.kept is not None)
+        value: object = None
+        if status == "finished" and wanted:
+            try:
+                value = future.result()
+            except Exception as e:  # its worker died with it, and so did those that made it again
+                log.info("%s is lost (%s: %s)", flight, type(e).__name__, e)
+                status = "lost"
         job = None if isinstance(flight, Planning) else flight.job
         if job is not None and job.failed:
             return
@@ -190,7 +199,7 @@ class Driver:
             else:
                 yield SlideDone(flight.job.item, flight.job.result())
         elif isinstance(error, KilledWorker) and isinstance(flight, Block):
-            self._suspects.append(flight)
+            self._suspect(flight)
         elif self._may_try_again(flight, error):
             yield from self._try_again(flight, error)
         else:
@@ -225,7 +234,7 @@ class Driver:
             self._start(f"dfx-close-{uuid.uuid4().hex}", Finish(path), Closing(job))
 
     def _may_try_again(self, flight: Flight, error: BaseException | None) -> bool:
-        name: object = flight.key if isinstance(flight, Block) else flight
+        name: object = (flight.job, flight.number) if isinstance(flight, Block) else flight
         if error is None or (isinstance(error, MemoryShortage) and isinstance(flight, Block)):
             self._tries[name] += 1
             return self._tries[name] < TRIES
@@ -240,6 +249,7 @@ class Driver:
             if not flight.job.todo:
                 self._ready.append(flight.job)
             flight.job.todo.append(flight.number)
+            self._attempts[flight.job, flight.number] += 1
         if error is not None:
             yield Throttled(f"{flight}: {error}")
 
@@ -300,8 +310,8 @@ class Driver:
         counts = health.blamed(self.client, [block.key for block in flying.values()])
         for future, block in flying.items():
             if block.alone_on in addresses:
-                self._kills[block.key] += 1
-                if self._kills[block.key] >= KILLS:
+                self._kills[block.job, block.number] += 1
+                if self._kills[block.job, block.number] >= KILLS:
                     self._drop(future)
                     what = (
                         f"{block} killed {KILLS} workers that ran nothing else: it takes more memory than they have, "
@@ -310,7 +320,13 @@ class Driver:
                     continue
             if block.alone_on in addresses or (block.alone_on is None and counts.get(block.key, 0) >= KILLS):
                 self._drop(future)
-                self._suspects.append(replace(block, alone_on=None))
+                self._suspect(block)
+
+    def _suspect(self, block: Block) -> None:
+        """Let a block run alone when nothing else runs."""
+        self._attempts[block.job, block.number] += 1
+        attempt = self._attempts[block.job, block.number]
+        self._suspects.append(replace(block, attempt=attempt, alone_on=None))
 
     def _drop(self, future: distributed.Future) -> None:
         del self._flying[future]

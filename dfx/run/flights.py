@@ -33,13 +33,16 @@ class Block:
 
     job: Job
     number: int
+    attempt: int = 0
+    """Which one: every attempt has a key of its own, since Dask may not have done with the last one's."""
     alone_on: str | None = None
     """Address of the worker that runs nothing else."""
 
     @property
     def key(self) -> Key:
         """Of its task."""
-        return self.job.planned.tasks.keys[self.number]
+        key = self.job.planned.tasks.keys[self.number]
+        return (f"{key[0]}-{self.attempt}", *key[1:]) if self.attempt and isinstance(key, tuple) else key
 
     def __str__(self) -> str:
         return f"block {self.number} of {self.job.address}"

@@ -1,0 +1,114 @@
+"""Chaos: workers and clients are killed at random, slides are rotten, and every store comes out right or says why."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import nets
+import numpy as np
+import psutil
+import pytest
+import zarr
+from conftest import WSI
+from test_runs import damage, features
+
+import dfx
+from dfx.slides.synthetic import write_slide
+from dfx.store import statuses
+
+SLIDES, ROTTEN = 30, 10
+OPTIONS = WSI | {"auto_get_mask": False, "block_size": 16, "on_error": "skip"}
+CLIENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import distributed, dfx, nets
+from test_chaos import OPTIONS
+
+with distributed.Client(sys.argv[2]) as client:
+    extractor = dfx.DeepFeatureExtractor(nets.Slow(), batch_size=8, verbose=False)
+    extractor.run(sys.argv[4:], save_dir=sys.argv[3], client=client, block_timeout=120, **OPTIONS)
+"""
+
+
+def make_slides(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Sound slides and rotten ones: cut off, of damaged tiles, no slides at all, or gone."""
+    sound = [write_slide(folder / f"s{n}.svs", 400 + 40 * (n % 5), 330, seed=n) for n in range(SLIDES - ROTTEN)]
+    rotten = []
+    for n in range(ROTTEN):
+        path = folder / f"r{n}.svs"
+        if n % 4 == 0:
+            path.write_bytes(sound[n].read_bytes()[:9000])
+        elif n % 4 == 1:
+            damage(sound[n], n % 3, path)
+        elif n % 4 == 2:
+            path.write_text("not a slide")
+        rotten.append(path)
+    return sound, rotten
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [1])
+def test_whatever_is_killed_every_store_is_the_undisturbed_one_or_says_why_not(seed: int, tmp_path: Path) -> None:
+    import distributed
+
+    rng = random.Random(seed)
+    sound, rotten = make_slides(tmp_path)
+    out, here = tmp_path / "out", str(Path(__file__).parent)
+    calm = dfx.DeepFeatureExtractor(nets.Means(), batch_size=8, verbose=False).run(
+        sound, save_dir=tmp_path / "calm", **OPTIONS
+    )
+    assert isinstance(calm, dict)
+    assert len(calm) == len(sound)
+    with distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster:
+        stop, kills = threading.Event(), [0]
+
+        def kill() -> None:
+            while not stop.wait(rng.uniform(2, 4)):
+                nanny = rng.choice(list(cluster.workers.values()))
+                pid = nanny.pid
+                if pid and psutil.pid_exists(pid):
+                    os.kill(pid, signal.SIGKILL)
+                    kills[0] += 1
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        line = [sys.executable, "-c", CLIENT, here, cluster.scheduler_address, str(out), *map(str, sound + rotten)]
+        try:
+            for life in (rng.uniform(8, 14), rng.uniform(8, 14), None):
+                with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as client:
+                    if life is None:
+                        _, said = client.communicate(timeout=900)
+                        assert client.returncode == 0, said[-3000:]
+                    else:
+                        time.sleep(life)
+                        client.kill()
+                        client.communicate()
+        finally:
+            stop.set()
+            killer.join()
+    assert kills[0] >= 5
+    found = {status.path.stem: status for status in statuses(out)}
+    for path in sound:
+        status = found.pop(path.stem)
+        if status.state == "failed":  # two of the random kills met the same block while it ran alone
+            assert "killed 2 workers" in status.reason or "cluster" in status.reason
+            continue
+        assert status.state == "complete"
+        assert np.array_equal(features(status.path), features(calm[path]))
+        group = zarr.open_group(str(status.path), mode="r")
+        assert sorted(group.array_keys()) == ["coordinates", "features"]
+    rotten_names = {path.stem for path in rotten}
+    for name, status in found.items():  # those that were rotten after they were planned
+        assert name in rotten_names
+        assert status.state == "failed"
+        assert status.reason
+    left = [p.name for p in out.rglob("*") if p.suffix == ".partial" or p.name == "notes"]
+    assert left == []
