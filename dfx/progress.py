@@ -6,7 +6,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from dfx.run import BlockDone, Event, Planned, SlideDone, SlideFailed, Stopping, Throttled
+from dfx.run import BlockDone, Event, Planned, SlideDone, SlideFailed, Stopping, Throttled, Timed
 
 
 class ProgressBar:
@@ -34,6 +34,10 @@ class ProgressBar:
             )
         elif isinstance(event, Throttled):
             self._bar.write(f"dfx: {event.reason}")
+        elif isinstance(event, Timed):
+            if event.seconds:
+                told = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in event.seconds.items())
+                self._bar.set_postfix_str(f"workers: {told}")
         else:
             self._done += isinstance(event, SlideDone)
             self._failed += isinstance(event, SlideFailed)

@@ -116,15 +116,17 @@ def test_a_file_that_is_gone_is_not_filled_with_white(
 def test_a_run_whose_workers_die_gives_what_an_undisturbed_one_gives(
     made_slide: Path, tmp_path: Path, nannies: distributed.Client
 ) -> None:
-    extractor = extractor_of(nets.Slow())
-    calm = extractor.run([made_slide], save_dir=tmp_path / "calm", **ALL)
-    stop = threading.Event()
+    log = tmp_path / "log"
+    extractor = extractor_of(nets.Slow(str(log)))
+    calm = extractor_of(nets.Means()).run([made_slide], save_dir=tmp_path / "calm", **ALL)
+    stop, kills = threading.Event(), [0]
 
     def kill() -> None:
-        while not stop.wait(2):
+        while not stop.wait(5):
             pids = list(nannies.run(os.getpid).values())
             if pids:
                 os.kill(pids[0], signal.SIGKILL)
+                kills[0] += 1
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -134,6 +136,9 @@ def test_a_run_whose_workers_die_gives_what_an_undisturbed_one_gives(
         stop.set()
         killer.join()
     assert np.array_equal(features(got[made_slide]), features(calm[made_slide]))  # type: ignore[index]
+    assert kills[0]
+    again = sum(map(int, log.read_text().split())) - len(features(got[made_slide]))  # type: ignore[index]
+    assert again <= kills[0] * ALL["block_size"]  # one block a thread of the worker
 
 
 def test_a_block_that_kills_workers_is_found_out_and_fails_its_slide_alone(
@@ -371,6 +376,29 @@ def test_the_client_opens_no_slide_of_a_run_on_other_processes(
     assert len(got) == 1
 
 
+def test_counters_are_what_prometheus_reads(made_slide: Path, tmp_path: Path, client: distributed.Client) -> None:
+    from dfx.counters import Counters
+
+    counters = Counters()
+    assert "dfx_slides_done_total 0\n" in counters.text()
+    extractor_of(nets.Slow()).run(
+        [made_slide, tmp_path / "missing.svs"],
+        save_dir=tmp_path / "out",
+        client=client,
+        masks=[np.tile([[True, False, False, False]], (4, 1)), None],
+        on_error="skip",
+        notify=counters,
+        **ALL,
+    )
+    patches = len(features(tmp_path / "out" / "made.zarr"))
+    lines = dict(line.rsplit(" ", 1) for line in counters.text().splitlines() if not line.startswith("#"))
+    assert lines["dfx_patches_done_total"] == lines["dfx_patches_planned_total"] == str(patches)
+    assert (lines["dfx_slides_done_total"], lines["dfx_slides_failed_total"]) == ("1", "1")
+    assert float(lines['dfx_stage_seconds_total{stage="read"}']) > 0
+    assert float(lines['dfx_stage_seconds_total{stage="encode"}']) > 1  # 20 ms a patch
+    assert float(lines['dfx_stage_seconds_total{stage="write"}']) > 0
+
+
 def test_events_count_every_patch_once(made_slide: Path, tmp_path: Path, client: distributed.Client) -> None:
     events: list[Any] = []
     missing = tmp_path / "missing.svs"
@@ -384,7 +412,7 @@ def test_events_count_every_patch_once(made_slide: Path, tmp_path: Path, client:
     assert isinstance(failed.error, SlideError)
     again: list[Any] = []
     extractor_of(nets.Means()).run([made_slide], save_dir=tmp_path / "out", client=client, notify=again.append, **ALL)
-    assert [type(event) for event in again] == [run.Planned, run.SlideDone]
+    assert [type(event) for event in again] == [run.Planned, run.SlideDone, run.Timed]
     assert again[0].done == planned.patches
 
 

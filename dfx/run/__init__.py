@@ -21,7 +21,7 @@ from dfx.encoders import EncoderSpec
 from dfx.errors import DfxError, RunError
 from dfx.plan import Options
 from dfx.run.driver import Driver
-from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled
+from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled, Timed
 from dfx.run.item import Item
 from dfx.run.job import labelled, one_or_named
 from dfx.run.planning import GridOptions, Planned, Request
@@ -39,6 +39,7 @@ __all__ = [
     "SlideFailed",
     "Stopping",
     "Throttled",
+    "Timed",
     "one_or_named",
     "raise_failures",
     "run_slides",

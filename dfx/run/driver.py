@@ -20,7 +20,7 @@ from distributed.scheduler import KilledWorker
 from dfx import store
 from dfx.errors import DfxError, MemoryShortage, RunError, SlideError
 from dfx.run import health
-from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled
+from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled, Timed
 from dfx.run.flights import TRIES, Block, Closing, Finish, Flight, Planning, described
 from dfx.run.item import Item
 from dfx.run.job import Job
@@ -83,10 +83,13 @@ class Driver:
     def events(self) -> Iterator[Event]:
         """Make all slides, and tell what happens."""
         self._workers = health.workers(self.client)
+        before = health.seconds_by_stage(self.client)
         try:
             while True:
                 yield from self._fill()
                 if not self._flying and not self._suspects:
+                    after = health.seconds_by_stage(self.client)
+                    yield Timed({stage: round(s - before.get(stage, 0), 3) for stage, s in after.items()})
                     return
                 for future in self._next_finished():
                     flight = self._flying.pop(future, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -48,4 +49,11 @@ class Stopping:
     blocks: int
 
 
-Event: TypeAlias = Planned | BlockDone | SlideDone | SlideFailed | Throttled | Stopping
+@dataclass(frozen=True)
+class Timed:
+    """Where the workers' time went, told at the end: seconds of all threads together, by stage (read, encode, write)."""
+
+    seconds: Mapping[str, float]
+
+
+Event: TypeAlias = Planned | BlockDone | SlideDone | SlideFailed | Throttled | Stopping | Timed

@@ -14,8 +14,9 @@ writing it again changes nothing.
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -65,12 +66,22 @@ def remove(path: Path) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a store of dfx lies there; an empty folder is nobody's, and counts as ours."""
+    """Whether a store of dfx lies there, or blocks of one; an empty folder is nobody's, and counts as ours."""
     if not path.exists():
         return True
     if not path.is_dir() or path.is_symlink():
         return False
-    return not any(path.iterdir()) or dfx_attributes(path) is not None
+    return dfx_attributes(path) is not None or all(is_block(file.relative_to(path)) for file in files_in(path))
+
+
+def files_in(path: Path) -> Iterator[Path]:
+    """Give the files below a folder."""
+    return (file for file in path.rglob("*") if not file.is_dir())
+
+
+def is_block(name: Path) -> bool:
+    """Whether a file of a store is a block's: what is left when a store is removed while it is written."""
+    return re.fullmatch(r"features/([^/]+/)?c/\d+/0|notes/[\d-]+\.json", name.as_posix()) is not None
 
 
 def check_ours(path: Path) -> None:
