@@ -25,16 +25,17 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def bare(module: torch.nn.Module, batches: list[torch.Tensor]) -> float:
-    """Patches a second of a network over batches in memory, with as many threads as are best."""
+    """Patches a second of a network over batches in memory, in the better layout, on every core."""
+    torch.set_num_threads(cluster.CPU_COUNT)
     best = 0.0
-    for threads in sorted({1, cluster.CPU_COUNT // 2 or 1, cluster.CPU_COUNT}):
-        torch.set_num_threads(threads)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        laid = [batch.contiguous(memory_format=layout) for batch in batches]
         with torch.inference_mode():
-            module(batches[0])
+            module(laid[0])
             start = time.perf_counter()
-            for batch in batches:
+            for batch in laid:
                 module(batch)
-            best = max(best, sum(map(len, batches)) / (time.perf_counter() - start))
+            best = max(best, sum(map(len, laid)) / (time.perf_counter() - start))
     return best
 
 

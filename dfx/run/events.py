@@ -51,7 +51,7 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Timed:
-    """Where the workers' time went, told at the end: seconds of all threads together, by stage (read, encode, write)."""
+    """Where the workers' time went, told at the end: seconds of all their threads, by stage (read, encode, write)."""
 
     seconds: Mapping[str, float]
 
