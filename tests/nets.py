@@ -51,11 +51,15 @@ class Deadly(Means):
 
 
 class Stuck(Means):
-    """Never ends at the patches that `Deadly` dies of."""
+    """Does not end, for an hour, at the patches that `Deadly` dies of."""
+
+    def __init__(self, seconds: float = 3600) -> None:
+        super().__init__()
+        self.seconds = seconds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if deadly(x):
-            time.sleep(3600)
+            time.sleep(self.seconds)
         return super().forward(x)
 
 

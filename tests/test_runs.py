@@ -182,6 +182,57 @@ def test_a_block_that_hangs_is_given_up_and_its_worker_freed(
     assert all(nannies.run(lambda: 7).values())
 
 
+def test_what_hangs_in_this_process_is_given_up_too(tmp_path: Path) -> None:
+    stuck = write_slide(tmp_path / "stuck.svs", 640, 520, seed=3)
+    with pytest.raises(RunError, match=r"stuck\.svs has not ended in 3 seconds on inproc://.*: given up"):
+        extractor_of(nets.Stuck(30)).run([stuck], save_dir=tmp_path / "out", block_timeout=3, **ALL)
+
+
+def test_all_workers_may_die_at_once(made_slide: Path, tmp_path: Path, nannies: distributed.Client) -> None:
+    def kill(event: Any) -> None:
+        if isinstance(event, run.BlockDone) and not killed:
+            killed.extend(nannies.run(os.getpid).values())
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    killed: list[int] = []
+    got = extractor_of(nets.Slow()).run([made_slide], save_dir=tmp_path / "out", client=nannies, notify=kill, **ALL)
+    calm = extractor_of(nets.Means()).run([made_slide], save_dir=tmp_path / "calm", **ALL)
+    assert len(killed) == 2
+    assert np.array_equal(features(got[made_slide]), features(calm[made_slide]))  # type: ignore[index]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 160 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(line, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_full_disk_fails_its_slides_and_with_room_they_are_resumed(
+    made_slide: Path, small_disk: Path, client: distributed.Client
+) -> None:
+    class Wide(nets.Means):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).repeat(1, 64)
+
+    wide = dfx.load_encoder(Wide())
+    with pytest.raises(RunError, match=r"No space left|can't be written|can't be closed"):
+        extractor_of(wide).run([made_slide], save_dir=small_disk / "out", client=client, **ALL)
+    done = [status.done for status in statuses(small_disk / "out")]
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    events: list[Any] = []
+    got = extractor_of(wide).run([made_slide], save_dir=small_disk / "out", client=client, notify=events.append, **ALL)
+    assert features(got[made_slide]).shape[1] == 384  # type: ignore[index]
+    (planned,) = (event for event in events if isinstance(event, run.Planned))
+    assert planned.done == min(done[0] * 16, planned.patches) > 0
+
+
 # Memory
 
 

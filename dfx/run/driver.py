@@ -312,6 +312,8 @@ class Driver:
         flying = {f: b for f, b in self._flying.items() if isinstance(b, Block)}
         counts = health.blamed(self.client, [block.key for block in flying.values()])
         for future, block in flying.items():
+            if future not in self._flying:
+                continue
             if block.alone_on in addresses:
                 self._kills[block.job, block.number] += 1
                 if self._kills[block.job, block.number] >= KILLS:
@@ -339,8 +341,8 @@ class Driver:
         processing = {key: a for a, keys in self.client.processing().items() for key in keys} if self._flying else {}
         self._begun = {key: self._begun.get(key, now) for key in processing}
         for future, flight in list(self._flying.items()):
-            if now - self._begun.get(future.key, now) < self.timeout:
-                continue
+            if future not in self._flying or now - self._begun.get(future.key, now) < self.timeout:
+                continue  # the first is its slide's failure, and the others went with it
             address = processing[future.key]
             what = str(flight) if isinstance(flight, Block) else "planning or closing it"
             del self._flying[future]
