@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 
 from tqdm import tqdm
@@ -21,6 +22,10 @@ class ProgressBar:
         failed = f", {self._failed} failed" if self._failed else ""
         return f"{self._done}/{self._slides} slides{failed}"
 
+    def _say(self, text: str) -> None:
+        if not self._bar.disable:
+            self._bar.write(f"dfx: {text}", file=sys.stderr)
+
     def __call__(self, event: Event) -> None:
         """Take an event of a run."""
         if isinstance(event, Planned):
@@ -29,11 +34,9 @@ class ProgressBar:
         elif isinstance(event, BlockDone):
             self._bar.update(event.patches)
         elif isinstance(event, Stopping):
-            self._bar.write(
-                f"dfx: stopping, {event.blocks} blocks are dropped or finished; the same call goes on from here"
-            )
+            self._say(f"stopping; {event.blocks} blocks are finished or dropped, the same call goes on from here")
         elif isinstance(event, Throttled):
-            self._bar.write(f"dfx: {event.reason}")
+            self._say(event.reason)
         elif isinstance(event, Timed):
             if event.seconds:
                 told = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in event.seconds.items())

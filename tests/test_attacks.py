@@ -370,7 +370,7 @@ def test_a_foreign_group_with_strange_metadata_is_left_alone(
 def test_a_cluster_without_workers_is_an_error_and_no_hang(
     extractor: dfx.DeepFeatureExtractor, made_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfx.run.driver.PATIENCE", 2)
+    monkeypatch.setattr("dfx.run.health.PATIENCE", 2)
     with (
         distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as cluster,
         distributed.Client(cluster, set_as_default=False) as empty,

@@ -22,7 +22,6 @@ from conftest import WSI
 
 import dfx
 from dfx import memory, run
-from dfx.encoders import EncoderSpec
 from dfx.errors import CallError, CallTypeError, MemoryShortage, RunError, SlideError
 from dfx.plan import Needs
 from dfx.slides.synthetic import write_slide
@@ -307,7 +306,7 @@ def test_a_plan_that_no_worker_has_memory_for_is_refused_with_its_arithmetic(mad
 def test_a_cluster_that_is_paused_for_want_of_memory_is_an_error_with_figures(
     made_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dfx.run.driver.PAUSED", 4)
+    monkeypatch.setattr("dfx.run.health.PAUSED", 4)
     with (
         distributed.LocalCluster(
             n_workers=1, threads_per_worker=1, memory_limit="1GiB", dashboard_address=":0"
@@ -482,7 +481,3 @@ def test_a_bad_option_is_refused(
     with pytest.raises(error):
         extractor_of(nets.Means()).run([made_slide], save_dir=tmp_path / "out", **ALL | args)
     assert not (tmp_path / "out").exists()
-
-
-def test_encoder_specs_of_the_tests_are_what_workers_can_import() -> None:
-    assert isinstance(dfx.load_encoder(nets.Slow()), EncoderSpec)

@@ -28,10 +28,6 @@ from dfx.run.planning import Planned, Request
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60
-"""Seconds that a run waits for a cluster to have any worker."""
-PAUSED = 30
-"""Seconds that a run waits while every worker is paused; Dask does not wake them by itself (distributed#5999)."""
 LOOK = 1
 """Seconds between two looks at the cluster."""
 WINDOW = 3
@@ -77,7 +73,8 @@ class Driver:
         self._kills: Counter[tuple[Job, int]] = Counter()
         self._attempts: Counter[tuple[Job, int]] = Counter()
         self._workers: dict[str, health.Worker] = {}
-        self._looked = self._alone = self._awake = time.monotonic()
+        self._looked = time.monotonic()
+        self._watch = health.Watch(self._looked)
         self._begun: dict[Key, float] = {}
 
     def events(self) -> Iterator[Event]:
@@ -286,25 +283,7 @@ class Driver:
         known, self._workers = self._workers, health.workers(self.client)
         if known.keys() - self._workers.keys():
             yield from self._bury(known.keys() - self._workers.keys())
-        if self._workers:
-            self._alone = now
-        elif now - self._alone > PATIENCE:
-            raise RunError(
-                f"the cluster at {self.client.scheduler.address} has had no worker for {PATIENCE} seconds: "
-                "start workers; running again resumes."
-            )
-        if not self._workers or not all(worker.paused for worker in self._workers.values()):
-            self._awake = now
-        elif now - self._awake > PAUSED:
-            figures = ", ".join(
-                f"{address}: {worker.resident / 2**20:,.0f} of {worker.limit / 2**20:,.0f} MB"
-                for address, worker in list(self._workers.items())[:8]
-            )
-            raise RunError(
-                f"all {len(self._workers)} workers have been paused by Dask for {PAUSED} seconds, for want of memory "
-                f"({figures}): restart them with more, with fewer threads, or use a smaller batch_size; "
-                "running again resumes."
-            )
+        self._watch.check(self._workers, now)
         yield from self._give_up_what_hangs(now)
 
     def _bury(self, addresses: set[str]) -> Iterator[Event]:

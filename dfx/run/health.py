@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import distributed
 from dask.typing import Key
+
+from dfx.errors import RunError
+
+RESUMES = "running again resumes"
+
+
+PATIENCE = 60
+"""Seconds that a run waits for a cluster to have any worker."""
+PAUSED = 30
+"""Seconds that a run waits while every worker is paused; Dask does not wake them by itself (distributed#5999)."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,31 @@ def workers(client: distributed.Client) -> dict[str, Worker]:
         )
         for address, said in found.items()
     }
+
+
+class Watch:
+    """Tells when a cluster can't go on."""
+
+    def __init__(self, now: float) -> None:
+        self._alone = self._awake = now
+
+    def check(self, workers: Mapping[str, Worker], now: float) -> None:
+        """Take what the workers are now; raises `RunError` when there was none, or none awake, for too long."""
+        if workers:
+            self._alone = now
+        elif now - self._alone > PATIENCE:
+            raise RunError(f"the cluster has had no worker for {PATIENCE} seconds: start workers; {RESUMES}.")
+        if not workers or not all(worker.paused for worker in workers.values()):
+            self._awake = now
+        elif now - self._awake > PAUSED:
+            figures = ", ".join(
+                f"{address}: {worker.resident / 2**20:,.0f} of {worker.limit / 2**20:,.0f} MB"
+                for address, worker in list(workers.items())[:8]
+            )
+            raise RunError(
+                f"all {len(workers)} workers have been paused by Dask for {PAUSED} seconds, for want of memory "
+                f"({figures}): restart them with more, with fewer threads, or use a smaller batch_size; {RESUMES}."
+            )
 
 
 def blamed(client: distributed.Client, keys: Sequence[Key]) -> dict[Key, int]:
