@@ -172,7 +172,7 @@ def usable_mask(mask: Any) -> Any:
         raise CallTypeError(f"a mask is None, an array (H, W), an image path or a Slide, not {type(mask).__name__}.")
     if str(mask) != "tissue" and not Path(mask).is_file():
         raise CallError(f"mask {mask} is not a file: give an image file, an array, or None.")
-    return mask
+    return mask if str(mask) == "tissue" else Path(mask).absolute()  # a worker may be in another folder
 
 
 def metadata_of(wsireader_kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:

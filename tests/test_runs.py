@@ -386,6 +386,22 @@ def test_an_interrupt_ends_at_once_and_the_same_command_goes_on(made_slide: Path
     assert "Traceback" not in said
 
 
+def test_masks_reach_workers_in_other_folders_whether_files_or_large_arrays(
+    made_slide: Path, tmp_path: Path, nannies: distributed.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cv2
+
+    half = np.zeros((4000, 4000), np.uint8)
+    half[:, :2000] = 255
+    monkeypatch.chdir(tmp_path)
+    cv2.imwrite("half.png", half)
+    sizes = [
+        extractor_of(nets.Means()).run([made_slide], masks=[mask], save_dir=f"out{n}", client=nannies, **ALL)
+        for n, mask in enumerate(["half.png", half])
+    ]
+    assert len({len(features(got[made_slide])) for got in sizes}) == 1  # type: ignore[index]
+
+
 # Accounts
 
 
