@@ -1,0 +1,56 @@
+"""The command line: a module a command, each with `add` (its arguments) and `run`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from dfx.cli import demo, encoders, extract, info, show, status
+from dfx.cli.codes import BAD_CALL, DONE, FAILURES, INTERRUPTED
+from dfx.errors import DfxError, RunError
+
+__all__ = ["BAD_CALL", "DONE", "FAILURES", "INTERRUPTED", "main", "parser"]
+
+COMMANDS = (extract, info, status, encoders, show, demo)
+"""In the order of `dfx --help`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; gives the exit code: 0 done, 1 some slides failed, 2 can't be done as asked."""
+    # What matters of a header, a task or a slide is said once, by the command itself.
+    for name in ("tifffile", "distributed", "dfx"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    args = parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"dfx: warning: {message}", file=sys.stderr)
+            return int(args.command(args))
+    except RunError as e:
+        for store in (e.result or {}).values():
+            print(store)
+        print(f"dfx: {e}", file=sys.stderr)
+        return FAILURES
+    except DfxError as e:
+        print(f"dfx: error: {e}", file=sys.stderr)
+        return BAD_CALL
+    except KeyboardInterrupt:
+        print("dfx: interrupted; the same command goes on from here.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the commands."""
+    top = argparse.ArgumentParser(
+        prog="dfx",
+        description="Deep features of whole-slide images.",
+        epilog="dfx extract *.svs --encoder resnet50 --resolution 0.5 --units mpp --patch 224 --out features",
+    )
+    top.add_argument("--version", action="version", version=f"dfx {version('dfx')}")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return top

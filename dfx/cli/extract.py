@@ -1,0 +1,123 @@
+"""`dfx extract`: the features of slides into zarr stores; resumes by itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+from dfx.cli.codes import DONE
+from dfx.errors import CallError
+
+
+def add(commands: Any) -> None:
+    """Describe the command."""
+    p = commands.add_parser("extract", help="extract the features of slides into zarr stores; resumes by itself")
+    p.set_defaults(command=run)
+    p.add_argument("slides", nargs="+", metavar="SLIDE", help="a slide's file")
+    p.add_argument(
+        "--encoder",
+        required=True,
+        action="append",
+        metavar="NAME",
+        help="see `dfx encoders`; may be repeated",
+    )
+    p.add_argument(
+        "--weights",
+        action="append",
+        metavar="PATH|random",
+        help="a weights file instead of the published ones; one for each encoder, in order, or 'random' for all",
+    )
+    p.add_argument("--resolution", required=True, type=float, metavar="R", help="at which patches are made")
+    p.add_argument("--units", required=True, choices=["mpp", "power", "level", "baseline"], help="of the resolution")
+    p.add_argument("--patch", required=True, type=int, metavar="N", help="rows and columns of a patch")
+    p.add_argument("--stride", type=int, metavar="N", help="from one patch to the next (default: the patch)")
+    p.add_argument(
+        "--mask",
+        default="tissue",
+        metavar="tissue|none|PATH",
+        help="which patches are kept (default: tissue); a file is one slide's",
+    )
+    p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
+    p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the stores")
+    p.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask cluster (default: one inside this process)")
+    p.add_argument("--overwrite", action="store_true", help="replace stores of another plan")
+    p.add_argument(
+        "--on-error",
+        choices=["raise", "skip"],
+        default="raise",
+        help="exit with 1 (raise) or 0 (skip) when slides failed",
+    )
+    p.add_argument("--device", default="auto", metavar="D", help="torch device of the workers (default: auto)")
+    p.add_argument("--batch-size", type=int, default=64, metavar="N", help="patches a forward pass (default: 64)")
+    p.add_argument(
+        "--reading",
+        choices=["exact", "fast"],
+        default="exact",
+        help="fast: shrink JPEG tiles while decoding, where patches are shrunk by an even factor; not quite the same",
+    )
+    p.add_argument(
+        "--memory-threshold", type=float, default=80, metavar="P", help="percent of memory to stay below (default: 80)"
+    )
+    p.add_argument("--storage-options", type=json.loads, metavar="JSON", help="options of the file systems")
+    p.add_argument(
+        "--on-bad-tile",
+        choices=["fail", "fill"],
+        default="fail",
+        help="fill: a tile that can't be decoded is white, and named in the store (default: its slide fails)",
+    )
+    p.add_argument(
+        "--block-timeout", type=float, default=3600, metavar="S", help="seconds until what hangs is given up (3600)"
+    )
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Extract the features of slides."""
+    from dfx import cluster
+    from dfx.extractor import DeepFeatureExtractor
+
+    if args.storage_options is not None and not isinstance(args.storage_options, dict):
+        raise CallError("--storage-options must be a JSON object.")
+    if args.mask not in ("tissue", "none") and len(args.slides) > 1:
+        raise CallError(
+            f"--mask {args.mask} is one slide's mask, but there are {len(args.slides)} slides: run each alone."
+        )
+    model: Any = args.encoder if len(args.encoder) > 1 else args.encoder[0]
+    weights: Any = args.weights[0] if args.weights and len(args.weights) == 1 else args.weights
+    resolution = int(args.resolution) if args.units == "level" and args.resolution.is_integer() else args.resolution
+    masks: list[Any] | None = None if args.mask in ("tissue", "none") else [args.mask] * len(args.slides)
+    given = {"mpp": args.slide_mpp, "power": args.slide_power}
+    with cluster.connect(args.scheduler) if args.scheduler else nullcontext() as client:
+        extractor = DeepFeatureExtractor(
+            model, args.batch_size, weights=weights, device=args.device, verbose=not args.quiet
+        )
+        result = extractor.run(
+            args.slides,
+            masks=masks,
+            patch_mode=False,
+            input_resolutions=[{"resolution": resolution, "units": args.units}],
+            patch_input_shape=args.patch,
+            stride_shape=args.stride,
+            save_dir=args.out,
+            overwrite=args.overwrite,
+            output_type="zarr",
+            auto_get_mask=args.mask == "tissue",
+            reading=args.reading,
+            on_bad_tile=args.on_bad_tile,
+            block_timeout=args.block_timeout,
+            memory_threshold=args.memory_threshold,
+            wsireader_kwargs={name: value for name, value in given.items() if value is not None},
+            storage_options=args.storage_options,
+            client=client,
+            on_error=args.on_error,
+        )
+    assert isinstance(result, dict)
+    for store in result.values():
+        print(store)
+    for slide, error in getattr(result, "failures", {}).items():
+        print(f"dfx: {slide} failed: {error}", file=sys.stderr)
+    return DONE
