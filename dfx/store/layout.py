@@ -13,9 +13,13 @@ writing it again changes nothing.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import glob
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -30,6 +34,8 @@ from dfx.plan import FORMAT, Head
 
 NODES = ("zarr.json", "features", "coordinates", "labels", "notes")
 """What dfx writes into a store's folder."""
+STALE = 3600
+"""Seconds after which a store that is being made belongs to a run that was killed; it takes less than one."""
 
 
 def check_folder(save_dir: str | Path) -> Path:
@@ -101,13 +107,46 @@ def dfx_attributes(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"format", "status"} <= found.keys() else None
 
 
-def create_group(path: Path, status: str, said: dict[str, Any]) -> zarr.Group:
-    """Create a store's group in the place of what dfx had there; `said` is what it says of its content."""
-    if path.exists():
-        remove(path)
+@contextlib.contextmanager
+def in_one_step(path: Path, instead_of: dict[str, Any] | None) -> Iterator[Path]:
+    """Give a folder to make a store in, which then takes its place whole: no other run sees half of it.
+
+    `instead_of`: what lies there now, of dfx, and is replaced. Where another run was quicker, its store stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"format": FORMAT, "version": version("dfx"), "status": status}
-    created = {"created": datetime.now(UTC).isoformat(timespec="seconds")}
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield part
+        if (dfx_attributes(path) or {}).get("created") == (instead_of or {}).get("created"):
+            if instead_of is not None:
+                remove(path)
+            move(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def move(part: Path, path: Path) -> None:
+    """Put a store in its place; where files of a user, or blocks of a removed store, lie there, its metadata last."""
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # its run has just moved it
+            if part.stat().st_mtime - old.stat().st_mtime > STALE:
+                shutil.rmtree(old)
+    try:
+        part.rename(path)
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if dfx_attributes(path) is None:
+            remove(path)
+            path.mkdir(exist_ok=True)
+            for node in sorted(part.iterdir(), key=lambda node: node.name == "zarr.json"):
+                node.rename(path / node.name)
+
+
+def create_group(path: Path, said: dict[str, Any]) -> zarr.Group:
+    """Create a store's group; `said` is what it says of its content."""
+    head = {"format": FORMAT, "version": version("dfx"), "status": "running"}
+    created = {"created": datetime.now(UTC).isoformat(timespec="microseconds")}
     return zarr.create_group(str(path), attributes={"dfx": head | created | said})
 
 

@@ -40,8 +40,6 @@ def status(path: Path) -> Status:
     said = dfx_attributes(path) if path.is_dir() else None
     if said is None:
         return Status(path, "foreign", reason="not made by dfx")
-    if said["status"] == "created":  # its arrays are not all there
-        return Status(path, "partial")
     try:
         store = Store.at(path, encoders_in(said))
         missing, blocks = len(store.missing()), store.arrays[0].cdata_shape[0]

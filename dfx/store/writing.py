@@ -23,7 +23,9 @@ from dfx.store.layout import (
     create_features,
     create_group,
     dfx_attributes,
+    encoders_in,
     features_array,
+    in_one_step,
     node_names,
     update,
 )
@@ -62,29 +64,30 @@ class Store:
         """
         check_ours(path)
         stored = dfx_attributes(path) if path.exists() else None
-        if stored is not None and not overwrite:
-            fingerprint = stored.get("fingerprint")
-            found = differences(fingerprint if isinstance(fingerprint, dict) else {}, plan.fingerprint())
-            if found:
-                raise StoreError(
-                    f"{path} holds the output of another run ({'; '.join(found[:4])}"
-                    f"{f'; and {len(found) - 4} more' if len(found) > 4 else ''}): "
-                    "give another save_dir (--out), or overwrite=True (--overwrite) to replace it."
-                )
-            if stored.get("status") != "created":  # its arrays are all there
-                store = cls.at(path, [head.name for head in plan.heads])
-                changes = {} if label in (None, stored.get("label")) else {"label": label}
-                if stored.get("status") != "running" and store.missing():
-                    changes |= {"status": "running"}
-                if changes:
-                    update(path, **changes)
-                return store
-        return cls._create(path, plan, label)
+        if stored is None or overwrite:
+            with in_one_step(path, stored) as part:
+                cls._create(part, plan, label)
+            return cls.prepare(path, plan, label)  # what lies there now is this one, or another run's
+        fingerprint = stored.get("fingerprint")
+        found = differences(fingerprint if isinstance(fingerprint, dict) else {}, plan.fingerprint())
+        if found:
+            raise StoreError(
+                f"{path} holds the output of another run ({'; '.join(found[:4])}"
+                f"{f'; and {len(found) - 4} more' if len(found) > 4 else ''}): "
+                "give another save_dir (--out), or overwrite=True (--overwrite) to replace it."
+            )
+        store = cls.at(path, [head.name for head in plan.heads])
+        changes = {} if label in (None, stored.get("label")) else {"label": label}
+        if stored.get("status") != "running" and store.missing():
+            changes |= {"status": "running"}
+        if changes:
+            update(path, **changes)
+        return store
 
-    @classmethod
-    def _create(cls, path: Path, plan: Plan, label: Any) -> Store:
+    @staticmethod
+    def _create(path: Path, plan: Plan, label: Any) -> None:
         said = {"fingerprint": plan.fingerprint(), **plan.describe()}
-        group = create_group(path, "created", said if label is None else said | {"label": label})
+        group = create_group(path, said if label is None else said | {"label": label})
         coordinates = plan.grid.coordinates
         view = plan.grid.view
         array = group.create_array(
@@ -100,8 +103,6 @@ class Store:
         )
         array[...] = coordinates
         create_features(group, len(plan.grid), plan.heads, plan.options.block_size)
-        update(path, status="running")
-        return cls.at(path, [head.name for head in plan.heads])
 
     @property
     def complete(self) -> bool:
@@ -125,10 +126,16 @@ class Store:
 
 def write_note(folder: Path, name: str, said: dict[str, Any]) -> None:
     """Note something of a block; whole or not at all, as a chunk is."""
-    folder.mkdir(exist_ok=True)
     part = folder / f".{name}.{uuid.uuid4().hex}.partial"
-    part.write_text(json.dumps(said))
-    part.replace(folder / f"{name}.json")
+    for again in (True, False):
+        try:
+            folder.mkdir(exist_ok=True)
+            part.write_text(json.dumps(said))
+            part.replace(folder / f"{name}.json")
+            return
+        except FileNotFoundError:  # another run of the same store has just closed it
+            if not (again and folder.parent.exists()):
+                raise
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
@@ -148,7 +155,13 @@ _closing = threading.Lock()
 
 
 def finish(path: Path) -> None:
-    """Close a store: notes, consolidated metadata, then the status, which is so the last thing written."""
+    """Close a store: notes, consolidated metadata, then the status, which is so the last thing written.
+
+    Raises `StoreError` where blocks are gone that were written.
+    """
+    missing = Store.at(path, encoders_in(dfx_attributes(path) or {})).missing()
+    if missing:
+        raise StoreError(f"{path} has lost {len(missing)} blocks while it was written: run again to make them anew.")
     notes = path / "notes"
     said = read_notes(notes)
     shutil.rmtree(notes, ignore_errors=True)
@@ -203,19 +216,20 @@ def write_patch_mode(
 ) -> Path:
     """Write the features of loose patches: a complete store without coordinates."""
     check_ours(path)
+    names = [head.name for head in heads]
     try:
-        group = create_group(path, "running", describe_heads(heads))
-        create_features(group, len(features[0]), heads, block_size)
-        store = Store.at(path, [head.name for head in heads])
-        for array, rows in zip(store.arrays, features, strict=True):
-            array[...] = rows
-        if labels is not None:
-            values = np.asarray(labels)
-            if values.dtype.kind in "biuf":
-                group.create_array("labels", data=values)
-            else:
-                update(path, labels=[str(value) for value in values])
-        finish(path)
+        with in_one_step(path, dfx_attributes(path)) as part:
+            group = create_group(part, describe_heads(heads))
+            create_features(group, len(features[0]), heads, block_size)
+            for array, rows in zip(Store.at(part, names).arrays, features, strict=True):
+                array[...] = rows
+            if labels is not None:
+                values = np.asarray(labels)
+                if values.dtype.kind in "biuf":
+                    group.create_array("labels", data=values)
+                else:
+                    update(part, labels=[str(value) for value in values])
+            finish(part)
     except OSError as e:
         raise StoreError(f"{path} can't be written ({e}): check the disk and its permissions.") from e
     return path
