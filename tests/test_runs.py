@@ -203,37 +203,6 @@ def test_all_workers_may_die_at_once(made_slide: Path, tmp_path: Path, nannies: 
     assert np.array_equal(features(got[made_slide]), features(calm[made_slide]))  # type: ignore[index]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 160 kB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(line, capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def test_a_full_disk_fails_its_slides_and_with_room_they_are_resumed(
-    made_slide: Path, small_disk: Path, client: distributed.Client
-) -> None:
-    class Wide(nets.Means):
-        def forward(self, x: Any) -> Any:
-            return super().forward(x).repeat(1, 64)
-
-    wide = dfx.load_encoder(Wide())
-    with pytest.raises(RunError, match=r"No space left|can't be written|can't be closed"):
-        extractor_of(wide).run([made_slide], save_dir=small_disk / "out", client=client, **ALL)
-    done = [status.done for status in statuses(small_disk / "out")]
-    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    events: list[Any] = []
-    got = extractor_of(wide).run([made_slide], save_dir=small_disk / "out", client=client, notify=events.append, **ALL)
-    assert features(got[made_slide]).shape[1] == 384  # type: ignore[index]
-    (planned,) = (event for event in events if isinstance(event, run.Planned))
-    assert planned.done >= min(done[0] * 16, planned.patches) > 0  # blocks that ran when the slide failed may end later
-
-
 # Memory
 
 
@@ -263,17 +232,6 @@ def test_a_block_waits_for_room_and_then_takes_smaller_batches(monkeypatch: pyte
     free[0] = 40
     with pytest.raises(MemoryShortage, match=r"no room for a block: .* MB are resident .* batches of 1 take"):
         guard.admit("a", needs, 32, 80, None).__enter__()
-
-
-def test_a_container_s_limit_counts_and_its_cached_files_do_not(tmp_path: Path) -> None:
-    assert memory.free_in_cgroup(root=tmp_path) == float("inf")
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
-    assert memory.free_in_cgroup(root=tmp_path) == float("inf")
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert memory.free_in_cgroup(root=tmp_path) == 600
-    assert memory.free_in_cgroup(80, root=tmp_path) == 400
 
 
 def test_a_worker_with_little_memory_halves_its_batches_and_the_store_says_so(made_slide: Path, tmp_path: Path) -> None:

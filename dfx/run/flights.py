@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from dask.typing import Key
 from distributed.scheduler import KilledWorker
 
 from dfx import store
@@ -39,10 +38,9 @@ class Block:
     """Address of the worker that runs nothing else."""
 
     @property
-    def key(self) -> Key:
-        """Of its task."""
-        key = self.job.planned.tasks.keys[self.number]
-        return (f"{key[0]}-{self.attempt}", *key[1:]) if self.attempt and isinstance(key, tuple) else key
+    def key(self) -> str:
+        """Of its task. One name for the blocks of all slides: Dask keeps what it knows of each name for ever."""
+        return f"dfx-block-{self.job.id}-{self.number}-{self.attempt}"
 
     def __str__(self) -> str:
         return f"block {self.number} of {self.job.address}"

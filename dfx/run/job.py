@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ class Job:
     """What is still to be done for a slide, and what came of it."""
 
     def __init__(self, planned: Planned) -> None:
+        self.id = uuid.uuid4().hex
+        """Names it to the cluster."""
         self.planned = planned
         self.item = planned.item
         self.todo = list(planned.todo)

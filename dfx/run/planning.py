@@ -159,7 +159,7 @@ def check_room(plan: Plan, threshold: float | None, limit: int | None) -> None:
     if threshold is None or not len(plan.grid):
         return
     least = plan.needs.of_worker(1, 1)
-    most = (limit or memory.MEMORY_LIMIT) * memory.HARD // 100
+    most = (limit or memory.allowed()) * memory.HARD // 100
     if least > most:
         raise MemoryShortage(
             f"{plan.slide.url} takes {least / 2**20:,.0f} MB with one thread and one patch a batch "
