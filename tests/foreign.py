@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 import cv2
@@ -34,27 +34,25 @@ def tiles(picture: Picture) -> list[tuple[int, int, Picture]]:
     ]
 
 
-def write_mirax(path: Path, picture: Picture, *, missing: set[tuple[int, int]] = frozenset()) -> Path:  # type: ignore[assignment]
-    """Two levels of PNG tiles, 0.25 mpp, 40x; those of level 0 at `missing` (row, column) were not scanned."""
+def write_mirax(path: Path, picture: Picture, *, missing: Collection[tuple[int, int]] = ()) -> Path:
+    """Two levels of PNG tiles, a file each, 0.25 mpp, 40x; of level 0, tiles at `missing` (row, column) are not there."""
     folder = path.with_suffix("")
     folder.mkdir()
     levels = [picture, halved(picture)]
     rows, columns = (size // TILE for size in picture.shape[:2])
     slide_id = "0123456789ABCDEF"
-    data, pages = io.BytesIO(), []
+    pages = []
     for n, level in enumerate(levels):
-        page = b""
-        count = 0
+        data, page, count = b"", b"", 0
         for r, c, tile in tiles(level):
             if n == 0 and (r, c) in missing:
                 continue
             png = cv2.imencode(".png", tile[..., ::-1])[1].tobytes()
-            page += struct.pack(
-                "<4i", (r * columns + c) << n if n == 0 else 2 * r * columns + 2 * c, data.tell(), len(png), 0
-            )
-            data.write(png)
+            page += struct.pack("<4i", (r * columns + c) * 2**n, len(data), len(png), n)
+            data += png
             count += 1
         pages.append(struct.pack("<2i", count, 0) + page)
+        (folder / f"Data{n:04}.dat").write_bytes(data)
     start = len(b"01.02" + slide_id.encode()) + 8
     lists = start + 4 * len(levels)
     index = b"01.02" + slide_id.encode() + struct.pack("<2i", start, start)
@@ -62,7 +60,6 @@ def write_mirax(path: Path, picture: Picture, *, missing: set[tuple[int, int]] =
     index += b"".join(struct.pack("<i", lists + 8 * n) for n in range(len(levels)))
     index += b"".join(struct.pack("<2i", 0, page) for page in at) + b"".join(pages)
     (folder / "Index.dat").write_bytes(index)
-    (folder / "Data0000.dat").write_bytes(data.getvalue())
     sections = "".join(
         f"[LEVEL_{n}]\nOVERLAP_X = 0\nOVERLAP_Y = 0\nMICROMETER_PER_PIXEL_X = {0.25 * 2**n}\n"
         f"MICROMETER_PER_PIXEL_Y = {0.25 * 2**n}\nIMAGE_FORMAT = PNG\nIMAGE_FILL_COLOR_BGR = 16777215\n"
@@ -74,7 +71,8 @@ def write_mirax(path: Path, picture: Picture, *, missing: set[tuple[int, int]] =
         f"[GENERAL]\nSLIDE_VERSION = 01.02\nSLIDE_ID = {slide_id}\nIMAGENUMBER_X = {columns}\nIMAGENUMBER_Y = {rows}\n"
         "OBJECTIVE_MAGNIFICATION = 40\n"
         f"[HIERARCHICAL]\nHIER_COUNT = 1\nNONHIER_COUNT = 0\nINDEXFILE = Index.dat\nHIER_0_NAME = Slide zoom level\n"
-        f"HIER_0_COUNT = {len(levels)}\n{names}[DATAFILE]\nFILE_COUNT = 1\nFILE_0 = Data0000.dat\n{sections}",
+        f"HIER_0_COUNT = 2\n{names}"
+        f"[DATAFILE]\nFILE_COUNT = 2\nFILE_0 = Data0000.dat\nFILE_1 = Data0001.dat\n{sections}",
         encoding="utf-8-sig",
     )
     path.write_bytes(cv2.imencode(".jpg", levels[-1])[1].tobytes())  # what viewers show

@@ -109,6 +109,13 @@ def test_patches_and_thumbnails_are_cut_as_from_any_other_slide(made: Path, pict
     assert 0.2 < mask.mean() < 0.8
 
 
+def test_a_real_dicom_slide_of_jpeg_tiles() -> None:
+    path = shared("slides/real/boxes_0.dcm")
+    slide = dfx.open_slide(path)
+    assert (slide.vendor, slide.dimensions, slide.mpp, slide.power) == ("dicom", (16, 16), (0.499, 0.499), 20)
+    assert np.array_equal(whole(slide), oracle(path, 0))
+
+
 @pytest.mark.parametrize("name", STITCHED)
 def test_overlapping_tiles_are_stitched(name: str) -> None:
     path = shared(f"slides/synthetic/{name}")
@@ -186,11 +193,13 @@ def test_a_mirax_slide_needs_nothing_of_the_file_that_names_it(mirax: Path, pict
     assert np.array_equal(whole(dfx.open_slide(mirax)), picture)
 
 
-@pytest.mark.parametrize("gone", ["Index.dat", "Slidedat.ini", "."])
+@pytest.mark.parametrize("gone", ["Data0000.dat", "Data0001.dat", "Index.dat", "Slidedat.ini", "."])
 def test_a_slide_of_which_a_file_is_missing_is_refused(gone: str, mirax: Path) -> None:
     path = mirax.with_suffix("") / gone
     shutil.rmtree(path) if gone == "." else path.unlink()
-    with pytest.raises(SlideError, match=r"slide.mrxs .*OpenSlide.* missing[:;] copy all of it"):
+    with pytest.raises(
+        SlideError, match=r"slide.mrxs .*OpenSlide.* missing[:;] copy all of it|Data0000.dat does not exist"
+    ):
         dfx.open_slide(mirax)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,11 +237,13 @@ def content(path: Path, vendor: str, properties: Mapping[str, str]) -> str:
 
 
 def files(path: Path, vendor: str, properties: Mapping[str, str]) -> set[Path]:
-    """Find the files that a slide is made of."""
+    """Find the files that a slide is made of; a MIRAX slide's may be missing, which OpenSlide tells tile by tile."""
     found: set[Path] = set()
     if vendor == "mirax":
-        found = set(path.with_suffix("").iterdir())
-    elif vendor == "hamamatsu":  # a VMS or VMU file names the others
+        named = [value for name, value in properties.items() if re.fullmatch(r"mirax\.DATAFILE\.FILE_\d+", name)]
+        named += ["Slidedat.ini", properties["mirax.HIERARCHICAL.INDEXFILE"]]
+        return {path, *(path.with_suffix("") / name for name in named)}
+    if vendor == "hamamatsu":  # a VMS or VMU file names the others
         found = {path.parent / value for name, value in properties.items() if name.startswith("hamamatsu.") and value}
     elif vendor == "dicom":  # every level is a file; OpenSlide, too, looks through the folder for its series
         series = properties.get("dicom.SeriesInstanceUID", "").encode()
