@@ -91,7 +91,8 @@ def stored_slide(store: Features) -> Slide:
         raise StoreError(f"{store.path} holds loose patches, which have no slide to show.")
     if not Path(said["url"]).exists():
         raise SlideError(f"{said['url']} does not exist any more: say where the slide is now with slide= (--slide).")
-    return open_slide(said["url"], mpp=None if said["mpp"] is None else tuple(said["mpp"]), power=said["power"])
+    mpp = None if said["mpp"] is None else tuple(said["mpp"])
+    return open_slide(said["url"], mpp=mpp, power=said["power"], backend=said.get("backend", "auto").partition(" ")[0])
 
 
 def write_png(picture: Picture, path: str | Path) -> Path:

@@ -175,7 +175,7 @@ class Plan:
         level = self.slide.levels[self.grid.view.level]
         tiles = min(TILES.most, math.prod(level.shape_yx) * 3)
         return Needs(
-            shared=tiles + sum(head.weights for head in self.heads) + LIBRARIES,
+            shared=tiles + self.slide.kept + sum(head.weights for head in self.heads) + LIBRARIES,
             shared_a_patch=activations,
             a_thread=working_memory(self.slide, self.grid.view, origins, self.grid.shape_yx)
             + min(self.options.block_size, len(self.grid)) * self.shape[1] * self.dtype.itemsize
@@ -189,10 +189,10 @@ class Plan:
 
     def fingerprint(self) -> dict[str, Any]:
         """All that the stored features depend on, as JSON values: equal exactly when a run may be resumed."""
-        view = self.grid.view
+        slide, view = self.slide, self.grid.view
         return {
             "format": FORMAT,
-            "slide": self.slide.identity,
+            "slide": slide.identity,
             "resolution": view.resolution_json,
             "units": view.units,
             "level": view.level,
@@ -204,6 +204,7 @@ class Plan:
             **describe_heads(self.heads, weights=False),
             "block_size": self.options.block_size,
             "reading": self.options.reading,
+            **({} if slide.backend == "tiff" else {"backend": slide.backend}),
         }
 
     def describe(self) -> dict[str, Any]:
@@ -216,6 +217,7 @@ class Plan:
                 "mpp": None if slide.mpp is None else list(slide.mpp),
                 "power": slide.power,
                 "vendor": slide.vendor,
+                "backend": slide.backend,
                 "notes": list(slide.notes),
             },
             "patches": {

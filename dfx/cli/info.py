@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         print(*[""] * (n > 0), slide.url, sep="\n" if n else "")
         rows = {
             "vendor": slide.vendor,
+            "backend": slide.backend,
             "dimensions": f"{slide.dimensions[0]} x {slide.dimensions[1]}",
             "levels": ", ".join(f"{level.dimensions[0]} x {level.dimensions[1]}" for level in slide.levels),
             "downsamples": ", ".join(f"{level.downsample:g}" for level in slide.levels),

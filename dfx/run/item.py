@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dfx.slides import Slide, open_slide
 
@@ -32,7 +32,13 @@ class Item:
         if isinstance(self.slide, Slide) and self.overrides == self.slide.overrides:
             return self.slide
         mpp, power = self.overrides
-        return open_slide(self.address, mpp=mpp, power=power)
+        return open_slide(self.address, mpp=mpp, power=power, backend=self.backend)
+
+    @property
+    def backend(self) -> Literal["auto", "openslide"]:
+        """What an open slide was opened by, where that is not what would read its file anyway."""
+        chosen = isinstance(self.slide, Slide) and self.slide.backend != "tiff"
+        return "openslide" if chosen else "auto"
 
     @property
     def overrides(self) -> tuple[Any, Any]:
@@ -48,4 +54,4 @@ class Item:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Equal for the same file read the same way."""
-        return self.address, *self.overrides
+        return self.address, *self.overrides, self.backend

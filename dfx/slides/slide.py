@@ -34,7 +34,8 @@ class Slide:
     url: str
     """Absolute path or URL."""
     vendor: str
-    """Scanner or format family: aperio, hamamatsu, leica, philips, ome, perkinelmer or generic."""
+    """Scanner or format family: aperio, hamamatsu, leica, philips, ome, perkinelmer, trestle or generic-tiff, and
+    what else OpenSlide knows."""
     mpp: tuple[float, float] | None
     """Microns per baseline pixel, (x, y); None where unknown."""
     power: float | None
@@ -44,8 +45,13 @@ class Slide:
     notes: tuple[str, ...]
     """What a careful user should know of this file."""
     identity: str
-    """Names the file's content, whatever its path."""
+    """Names the file's content, whatever its path; another one for each kind of reader."""
     source: ByteSource = field(repr=False)
+    """The file; the one that was named, where there are several."""
+    backend: str = "tiff"
+    """What reads it: dfx itself ("tiff"), or "openslide" with its version."""
+    kept: int = 0
+    """Bytes of tiles that another reader than dfx keeps, for all slides of a process."""
     overrides: tuple[tuple[float, float] | None, float | None] = (None, None)
     """mpp and power that the user gave."""
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -53,7 +59,7 @@ class Slide:
     """Opens the same slide in another process."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.reopen, self.url, *self.overrides, self.storage_options, self.identity)
+        return _reopened, (self.reopen, self.url, *self.overrides, self.storage_options, self.identity, self.backend)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return "dfx.Slide", self.identity, self.url, self.mpp, self.power
@@ -143,32 +149,14 @@ class Slide:
     def can_shrink(self, n: int, by: int) -> bool:
         """Whether a level's tiles can be decoded to a part of their size."""
         level = self.levels[n]
-        return level.colour == "rgb" and by in SHRINKS and all(part.shrunk for part in level.parts)
+        return level.colour == "rgb" and by in SHRINKS and all(part.can_shrink for part in level.parts)
 
     def _decode(
         self, n: int, part: TileGrid, row: int, column: int, *, scratch: bool = False, shrink: int = 1
     ) -> NDArray[Any]:
-        index = row * part.offsets.shape[2] + column
-        at = [(int(o), int(c)) for o, c in zip(part.offsets[:, row, column], part.counts[:, row, column], strict=True)]
+        index = row * part.present.shape[1] + column
         name = f"tile {index} (row {row}, column {column}) of level {n} of {self.url}"
-        if any(offset < 0 or count < 0 or offset + count > self.source.size for offset, count in at):
-            raise TileError(
-                name,
-                f"{name} lies past the end of the file, which has {self.source.size} bytes: copy the slide again.",
-            )
-        planes = []
-        for data, decode in zip(self.source.read(at), part.decoders, strict=True):
-            try:
-                if shrink > 1:
-                    assert part.shrunk is not None
-                    planes.append(part.shrunk(data, shrink))
-                else:
-                    planes.append(decode(data, index, scratch=scratch and len(at) == 1))
-            except Exception as e:  # codecs raise many kinds; none of them says which tile
-                raise TileError(
-                    name, f"{name} can't be decoded ({e}): the file is damaged; copy or export it again."
-                ) from e
-        tile = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
+        tile = part.tile(self.source, row, column, name, scratch=scratch, shrink=shrink)
         needed = [
             -(-min(size, whole - i * size) // shrink)
             for size, whole, i in zip(part.tile_yx, part.shape_yx, (row, column), strict=True)
@@ -292,9 +280,12 @@ def _reopened(
     power: float | None,
     storage_options: Mapping[str, Any] | None,
     identity: str,
+    backend: str,
 ) -> Slide:
     def build() -> Slide:
         slide = reopen(url, mpp=mpp, power=power, storage_options=storage_options)
+        if slide.backend != backend:
+            raise SlideError(f"{url} was opened by {backend} and is read by {slide.backend} here: install the same.")
         if slide.identity != identity:
             raise SlideError(f"{url} changed since it was opened: open it again, or restore the file.")
         return slide
