@@ -14,6 +14,7 @@ import dfx
 ROOT = Path(dfx.__file__).parent
 ROOMS = [  # from the ground up; those of one line may not import each other
     ["errors"],
+    ["remote"],
     ["resolution"],
     ["tissue"],
     ["grid"],
@@ -39,6 +40,7 @@ ALLOWED = {
     "tifffile": {"slides"},
     "torch": {"encoders"},
     "timm": {"encoders"},
+    "fsspec": {"remote"},
     "distributed": {"run", "cluster", "memory"},
 }
 

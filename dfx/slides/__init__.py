@@ -21,11 +21,12 @@ def open_slide(
     power: float | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Slide:
-    """Open a whole-slide image of the TIFF family.
+    """Open a whole-slide image of the TIFF family, from a path or any URL of fsspec.
 
     `mpp` (microns per baseline pixel, a number or (x, y)) and `power` (objective) go before what
     the file says; one never implies the other. Raises `SlideError` for a file that is missing,
-    truncated or of another kind; whole pictures are read later, tile by tile.
+    truncated or of another kind; whole pictures are read later, tile by tile. `storage_options`: those
+    of fsspec's file system, or a mapping of protocols ("s3") or URL prefixes ("s3://bucket/in") to such.
     """
     if not isinstance(url, str | Path):
         raise CallTypeError(f"a slide is given by its path (str or Path), not by {type(url).__name__}.")

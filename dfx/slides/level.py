@@ -49,6 +49,11 @@ class TileGrid:
         """(rows, columns): which tiles the file has."""
         return np.asarray(((self.counts > 0) & (self.offsets > 0)).all(axis=0))
 
+    def pieces(self, row: int, column: int) -> list[tuple[int, int]]:
+        """Where the bytes of a tile lie: (offset, count) of each plane."""
+        at = slice(None), row, column
+        return list(zip(self.offsets[at].tolist(), self.counts[at].tolist(), strict=True))
+
     def touching(self, boxes: NDArray[np.int64]) -> dict[tuple[int, int], list[int]]:
         """Which boxes touch each tile that the file has: (row, column) -> indices, row after row.
 
