@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import dask
@@ -29,7 +28,7 @@ from dfx.errors import CallError, CallTypeError, StoreError
 from dfx.grid import PatchGrid
 from dfx.plan import BlockWork, Head, Options, Plan, head_names
 from dfx.slides import Slide
-from dfx.store import Columns, write_note
+from dfx.store import Columns, Place, write_note
 
 
 def patches(
@@ -95,14 +94,14 @@ def make_heads(encoders: Sequence[EncoderSpec], shape_yx: tuple[int, int], chann
     )
 
 
-def lazy_features(plan: Plan, notes: Path | None = None) -> da.Array:
+def lazy_features(plan: Plan, notes: Place | None = None) -> da.Array:
     """Give a plan's features as a lazy array, several encoders' side by side.
 
-    A given module is to be shared with the workers before it is computed. `notes`: the folder where a
+    A given module is to be shared with the workers before it is computed. `notes`: the store in which a
     block notes tiles that it could not decode, and a batch that it had to halve.
     """
     work = BlockWork.of(plan.slide, plan.grid, plan.heads, plan.options)
-    work = replace(work, needs=plan.needs, notes=None if notes is None else str(notes))
+    work = replace(work, needs=plan.needs, notes=notes)
     return map_steps(encode_task, work, plan.grid, plan.shape[1:], plan.dtype, "features")
 
 
@@ -149,7 +148,7 @@ def encode_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.floating[
         found = kernel.encode_block(steps_xy, work, threads=threads, meter=cluster.meter, damaged=damaged, tell=tell)
     if work.notes is not None and (damaged or batch < asked):
         said = {"damaged_tiles": sorted(damaged)} | ({"batch_size": batch} if batch < asked else {})
-        write_note(Path(work.notes), "-".join(map(str, steps_xy[0].tolist())), said)
+        write_note(work.notes, "-".join(map(str, steps_xy[0].tolist())), said)
     return found
 
 

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import whole_pair
+from dfx.remote import is_remote
 from dfx.resolution import check_resolution, one, pair
 from dfx.run import Item
 from dfx.slides import Slide
@@ -103,7 +104,13 @@ def resolution_of(resolutions: Any) -> tuple[Any, Any]:
 
 
 def slide_items(
-    images: Any, masks: Any, labels: Any, wsireader_kwargs: Mapping[str, Any] | None, *, auto_get_mask: bool
+    images: Any,
+    masks: Any,
+    labels: Any,
+    wsireader_kwargs: Mapping[str, Any] | None,
+    *,
+    auto_get_mask: bool,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[Item]:
     """Check slides, masks and labels of a call and bring them together; a slide given twice is one."""
     if isinstance(images, str | Path) or not isinstance(images, Sequence):
@@ -118,7 +125,7 @@ def slide_items(
         mask = None if masks is None else masks[n]
         mask = usable_mask(mask) if mask is not None else "tissue" if auto_get_mask else None
         label = None if labels is None else plain_label(labels[n])
-        item = Item((image,), slide, mask, label, mpp or own_mpp, power or own_power)
+        item = Item((image,), slide, mask, label, mpp or own_mpp, power or own_power, storage_options)
         same = items.setdefault(item.identity, item)
         if same is not item:
             if not same_mask(same.mask, mask) or same.label != label:
@@ -170,6 +177,8 @@ def usable_mask(mask: Any) -> Any:
         return as_mask(mask)
     if not isinstance(mask, str | Path):
         raise CallTypeError(f"a mask is None, an array (H, W), an image path or a Slide, not {type(mask).__name__}.")
+    if is_remote(mask):
+        return mask
     if str(mask) != "tissue" and not Path(mask).is_file():
         raise CallError(f"mask {mask} is not a file: give an image file, an array, or None.")
     return mask if str(mask) == "tissue" else Path(mask).absolute()  # a worker may be in another folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,13 +133,14 @@ class PatchGrid:
         stride: int | tuple[int, int] | None = None,
         mask: str | Path | NDArray[Any] | HasThumbnail | None = "tissue",
         min_mask_ratio: float = 0.0,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> PatchGrid:
         """Lay a grid over a slide and keep the patches under the mask.
 
         `shape` and `stride` (default: the shape) are (rows, columns) at the requested resolution;
         the grid starts at the slide's top left corner and its last patches may overhang. `mask`:
         "tissue" (Otsu), None (every patch), or what is stretched over the whole slide: an array, an
-        image path, or a `Slide` that is black outside.
+        image path or URL (`storage_options` as in `open_slide`), or a `Slide` that is black outside.
         `min_mask_ratio`: share of a patch that must be above this. Raises `ResolutionError` when
         the slide lacks the metadata that the units need, `CallError` for a bad value.
 
@@ -167,7 +168,7 @@ class PatchGrid:
         if mask is not None:
             cells: Any = slide.tissue_mask() if isinstance(mask, str) and mask == "tissue" else mask
             cells = cells.thumbnail(MASK_SIZE) if isinstance(cells, HasThumbnail) else cells
-            cells = read_mask(cells) if isinstance(cells, str | Path) else as_mask(cells)
+            cells = read_mask(cells, storage_options) if isinstance(cells, str | Path) else as_mask(cells)
             origins = steps * np.array(stride_yx[::-1])
             steps = steps[covered(origins, shape_yx, view.size_xy, cells, min_mask_ratio)]
         order = np.lexsort((steps[:, 0], steps[:, 1], steps[:, 0] // STRIP))

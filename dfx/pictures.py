@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import CallError, SlideError, StoreError
+from dfx.remote import is_remote
 from dfx.slides import Slide, open_slide
 from dfx.store import Features
 
@@ -38,12 +40,18 @@ def principal_colours(features: NDArray[Any]) -> Picture:
     )
 
 
-def overview(store: Features, slide: Slide | None = None, max_size: int = 900) -> Picture:
+def overview(
+    store: Features,
+    slide: Slide | None = None,
+    max_size: int = 900,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Picture:
     """Draw a store side by side: the slide, its patch grid, and its patches in their PCA colours.
 
-    uint8 RGB. `slide`: None opens the one that the store names; raises `SlideError` when it is gone.
+    uint8 RGB. `slide`: None opens the one that the store names, with `storage_options`; raises `SlideError` when
+    it is gone.
     """
-    slide = slide or stored_slide(store)
+    slide = slide or stored_slide(store, storage_options)
     if slide.identity != store.attrs.get("fingerprint", {}).get("slide"):
         raise CallError(f"{store.path} was not made from {slide.url}: give the slide of {store.attrs['slide']['url']}.")
     thumbnail = slide.thumbnail(max_size)
@@ -84,15 +92,16 @@ def titled(panel: Picture, title: str) -> Picture:
     return np.concatenate([bar, panel])
 
 
-def stored_slide(store: Features) -> Slide:
+def stored_slide(store: Features, storage_options: Mapping[str, Any] | None = None) -> Slide:
     """Open the slide that a store was made from."""
     said = store.attrs.get("slide")
     if said is None:
         raise StoreError(f"{store.path} holds loose patches, which have no slide to show.")
-    if not Path(said["url"]).exists():
+    if not is_remote(said["url"]) and not Path(said["url"]).exists():
         raise SlideError(f"{said['url']} does not exist any more: say where the slide is now with slide= (--slide).")
     mpp = None if said["mpp"] is None else tuple(said["mpp"])
-    return open_slide(said["url"], mpp=mpp, power=said["power"], backend=said.get("backend", "auto").partition(" ")[0])
+    backend = said.get("backend", "auto").partition(" ")[0]
+    return open_slide(said["url"], mpp=mpp, power=said["power"], storage_options=storage_options, backend=backend)
 
 
 def write_png(picture: Picture, path: str | Path) -> Path:

@@ -295,8 +295,8 @@ class BlockWork:
     """How."""
     needs: Needs = Needs()
     """Memory that it takes."""
-    notes: str | None = None
-    """Folder for what is to be known of a block beside its features; None: nobody asks."""
+    notes: Any = None
+    """Store that takes what is to be known of a block beside its features; None: nobody asks."""
 
     @classmethod
     def of(cls, slide: Slide, grid: PatchGrid, heads: tuple[Head, ...], options: Options) -> BlockWork:
@@ -326,7 +326,7 @@ def _restored(
     heads: tuple[tuple[str, tuple[Any, ...], int, str], ...],
     options: tuple[Any, ...],
     needs: tuple[int, ...],
-    notes: str | None,
+    notes: Any,
 ) -> BlockWork:
     grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16))
     made = tuple(Head(name, EncoderSpec(*values), dim, np.dtype(dtype)) for name, values, dim, dtype in heads)

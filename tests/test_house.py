@@ -14,6 +14,7 @@ import dfx
 ROOT = Path(dfx.__file__).parent
 ROOMS = [  # from the ground up; those of one line may not import each other
     ["errors"],
+    ["remote"],
     ["resolution"],
     ["tissue"],
     ["grid"],
@@ -40,6 +41,7 @@ ALLOWED = {
     "openslide": {"slides"},
     "torch": {"encoders"},
     "timm": {"encoders"},
+    "fsspec": {"remote"},
     "distributed": {"run", "cluster", "memory"},
 }
 

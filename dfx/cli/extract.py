@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import nullcontext
 from typing import Any
 
+from dfx.cli import storage
 from dfx.cli.codes import DONE
 from dfx.errors import CallError
+from dfx.remote import shown
 
 
 def add(commands: Any) -> None:
     """Describe the command."""
     p = commands.add_parser("extract", help="extract the features of slides into zarr stores; resumes by itself")
     p.set_defaults(command=run)
-    p.add_argument("slides", nargs="+", metavar="SLIDE", help="a slide's file")
+    p.add_argument("slides", nargs="+", metavar="SLIDE", help="a slide's file or URL")
     p.add_argument(
         "--encoder",
         required=True,
@@ -42,7 +43,7 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder of the stores")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the stores, or its URL")
     p.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask cluster (default: one inside this process)")
     p.add_argument("--overwrite", action="store_true", help="replace stores of another plan")
     p.add_argument(
@@ -62,7 +63,7 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--memory-threshold", type=float, default=80, metavar="P", help="percent of memory to stay below (default: 80)"
     )
-    p.add_argument("--storage-options", type=json.loads, metavar="JSON", help="options of the file systems")
+    storage.add(p)
     p.add_argument(
         "--on-bad-tile",
         choices=["fail", "fill"],
@@ -80,8 +81,6 @@ def run(args: argparse.Namespace) -> int:
     from dfx import cluster
     from dfx.extractor import DeepFeatureExtractor
 
-    if args.storage_options is not None and not isinstance(args.storage_options, dict):
-        raise CallError("--storage-options must be a JSON object.")
     if args.mask not in ("tissue", "none") and len(args.slides) > 1:
         raise CallError(
             f"--mask {args.mask} is one slide's mask, but there are {len(args.slides)} slides: run each alone."
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
             block_timeout=args.block_timeout,
             memory_threshold=args.memory_threshold,
             wsireader_kwargs={name: value for name, value in given.items() if value is not None},
-            storage_options=args.storage_options,
+            storage_options=storage.options(args),
             client=client,
             on_error=args.on_error,
         )
@@ -119,5 +118,5 @@ def run(args: argparse.Namespace) -> int:
     for store in result.values():
         print(store)
     for slide, error in getattr(result, "failures", {}).items():
-        print(f"dfx: {slide} failed: {error}", file=sys.stderr)
+        print(f"dfx: {shown(str(slide))} failed: {error}", file=sys.stderr)
     return DONE

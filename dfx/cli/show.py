@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dfx.cli import storage
 from dfx.cli.codes import DONE
 
 
@@ -15,6 +16,7 @@ def add(commands: Any) -> None:
     p.add_argument("store", metavar="STORE")
     p.add_argument("--out", required=True, metavar="PNG")
     p.add_argument("--slide", metavar="PATH", help="where the slide lies now, if it moved")
+    storage.add(p)
     p.add_argument("--encoder", metavar="NAME", help="whose features are drawn, where there are several")
 
 
@@ -24,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     from dfx.slides import open_slide
     from dfx.store import open_features
 
-    features = open_features(args.store, args.encoder)
-    print(write_png(overview(features, open_slide(args.slide) if args.slide else None), args.out))
+    options = storage.options(args)
+    features = open_features(args.store, args.encoder, options)
+    slide = open_slide(args.slide, storage_options=options) if args.slide else None
+    print(write_png(overview(features, slide, storage_options=options), args.out))
     return DONE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 from distributed.scheduler import KilledWorker
@@ -13,6 +12,7 @@ from dfx.errors import DfxError, SlideError, StoreError
 from dfx.run.item import Item
 from dfx.run.job import Job
 from dfx.run.planning import Request
+from dfx.store import Place
 
 TRIES = 3
 """Times that something is tried that failed for no fault of its own."""
@@ -60,14 +60,14 @@ Flight: TypeAlias = Planning | Block | Closing
 class Finish:
     """Closes a store, as a task."""
 
-    path: Path
+    place: Place
 
     def __call__(self) -> None:
         """Do it; raises `StoreError`."""
         try:
-            store.finish(self.path)
+            store.finish(self.place)
         except (OSError, ValueError, KeyError) as e:
-            raise StoreError(f"{self.path} can't be closed ({e}): check the disk and run again to resume.") from e
+            raise StoreError(f"{self.place} can't be closed ({e}): check the disk and run again to resume.") from e
 
 
 def described(flight: Flight, status: str, error: BaseException | None) -> DfxError:

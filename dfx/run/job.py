@@ -31,7 +31,7 @@ class Job:
         """Whether what comes back of it is to be ignored."""
         self.kept: NDArray[Any] | None = None
         """Where blocks are kept that come back."""
-        if planned.path is None:
+        if planned.place is None:
             self.kept = np.empty((planned.patches, sum(planned.dims)), np.result_type(*planned.dtypes))
 
     @property
@@ -45,9 +45,9 @@ class Job:
         return taken
 
     def result(self) -> Any:
-        """Give the store's path, or what was kept."""
+        """Give the store's place, or what was kept."""
         if self.kept is None:
-            return self.planned.path
+            return self.planned.place
         edges = np.cumsum(self.planned.dims)[:-1]
         parts = [
             part.astype(dtype, copy=False)

@@ -23,11 +23,12 @@ def open_slide(
     storage_options: Mapping[str, Any] | None = None,
     backend: Literal["auto", "tiff", "openslide"] = "auto",
 ) -> Slide:
-    """Open a whole-slide image: one of the TIFF family, or what OpenSlide reads beside it.
+    """Open a whole-slide image of the TIFF family, or what OpenSlide reads beside it, from a path or a URL of fsspec.
 
     `mpp` (microns per baseline pixel, a number or (x, y)) and `power` (objective) go before what
     the file says; one never implies the other. Raises `SlideError` for a file that is missing,
-    truncated or of another kind; whole pictures are read later, tile by tile.
+    truncated or of another kind; whole pictures are read later, tile by tile. `storage_options`: those
+    of fsspec's file system, or a mapping of protocols ("s3") or URL prefixes ("s3://bucket/in") to such.
 
     `backend`: "auto" has dfx read the TIFF family, and OpenSlide, where it is installed, the kinds of file that
     dfx does not: DICOM, MIRAX, VMS, Sakura, and Ventana BIF and Trestle, whose tiles have to be stitched. A file

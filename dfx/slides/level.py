@@ -59,6 +59,10 @@ class TileGrid(ABC):
         Raises `TileError`, which calls the tile by `name`, when it is damaged; `SlideError` when it can't be read.
         """
 
+    def pieces(self, row: int, column: int) -> list[tuple[int, int]]:
+        """Where the bytes of a tile lie, that they may be fetched ahead: (offset, count); none where nobody knows."""
+        return []
+
     def touching(self, boxes: NDArray[np.int64]) -> dict[tuple[int, int], list[int]]:
         """Which boxes touch each tile that the file has: (row, column) -> indices, row after row.
 
@@ -121,9 +125,14 @@ class StoredTiles(TileGrid):
         """Whether its JPEG tiles can be."""
         return self.shrunk is not None
 
+    def pieces(self, row: int, column: int) -> list[tuple[int, int]]:
+        """Where the bytes of a tile lie: (offset, count) of each plane."""
+        at = slice(None), row, column
+        return list(zip(self.offsets[at].tolist(), self.counts[at].tolist(), strict=True))
+
     def tile(self, source: ByteSource, row: int, column: int, name: str, *, scratch: bool, shrink: int) -> NDArray[Any]:
         """Read a tile's bytes and decode them."""
-        at = [(int(o), int(c)) for o, c in zip(self.offsets[:, row, column], self.counts[:, row, column], strict=True)]
+        at = self.pieces(row, column)
         if any(offset < 0 or count < 0 or offset + count > source.size for offset, count in at):
             raise TileError(
                 name, f"{name} lies past the end of the file, which has {source.size} bytes: copy the slide again."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dfx import resolution as res
 from dfx.errors import CallTypeError, ResolutionError, SlideError, TileError
+from dfx.slides.ahead import announced
 from dfx.slides.cache import OPENED, TILES
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level, TileGrid, as_rgb
@@ -59,7 +60,8 @@ class Slide:
     """Opens the same slide in another process."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.reopen, self.url, *self.overrides, self.storage_options, self.identity, self.backend)
+        known = self.identity, self.backend
+        return _reopened, (self.reopen, self.source.address, *self.overrides, self.storage_options, *known)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return "dfx.Slide", self.identity, self.url, self.mpp, self.power
@@ -112,6 +114,7 @@ class Slide:
         pitch_yx: tuple[float, float] | None = None,
         shrink: int = 1,
         damaged: set[str] | None = None,
+        following: NDArray[np.int64] | None = None,
     ) -> Iterator[tuple[NDArray[Any], tuple[int, int], list[int]]]:
         """Decode each tile that a box touches, once: its pixels, where they lie, and which boxes touch it.
 
@@ -119,17 +122,24 @@ class Slide:
         without what is padded beyond the level, which may be overwritten when the next is asked for;
         (y, x) on the level; and indices of `boxes`. `pitch_yx`: pixels of the level from one box to the next,
         where the boxes are some of a lattice: tiles that others of it touch are kept for them. `shrink`:
-        tiles are decoded to so small a part of their size, where `can_shrink` says so. Raises `TileError`
+        tiles are decoded to so small a part of their size, where `can_shrink` says so. `following`: boxes of
+        the next call, whose tiles a remote file fetches while these are decoded. Raises `TileError`
         that names the tile; with `damaged`, its name is added there instead, and the tile left out.
         """
         level = self.levels[n]
         if rgb:
             self.check_picture(n)
+        which = self.source.serial, n, rgb, shrink
         for p, part in enumerate(level.parts):
             touching = part.touching(boxes)
             shared = set() if pitch_yx is None else part.shared(touching, boxes, pitch_yx)
-            for r, c in touching:
-                key = self.source.serial, n, p, r, c, rgb, shrink
+            order: Iterable[tuple[int, int]] = touching
+            if self.source.prefetches and touching:
+                later = [] if following is None else [at for at in part.touching(following) if at not in shared]
+                held = {at for at in (*touching, *later) if pitch_yx is not None and (*which, p, *at) in TILES}
+                order = announced(self.source, part, touching, later, held)
+            for r, c in order:
+                key = *which, p, r, c
                 tile = TILES.get(key) if (r, c) in shared else None
                 if tile is None:
                     try:
@@ -287,7 +297,7 @@ def _reopened(
         if slide.backend != backend:
             raise SlideError(f"{url} was opened by {backend} and is read by {slide.backend} here: install the same.")
         if slide.identity != identity:
-            raise SlideError(f"{url} changed since it was opened: open it again, or restore the file.")
+            raise SlideError(f"{slide.url} changed since it was opened: open it again, or restore the file.")
         return slide
 
     slide: Slide = OPENED.get((url, mpp, power, identity), build)

@@ -1,6 +1,7 @@
 """The store: one zarr group a slide. `layout` is what it looks like, the other files what is done with it."""
 
 from dfx.store.layout import check_folder, check_ours
+from dfx.store.place import Place, place_of
 from dfx.store.reading import Features, open_features
 from dfx.store.status import Status, statuses
 from dfx.store.writing import Columns, Store, fail, finish, write_note, write_patch_mode
@@ -8,6 +9,7 @@ from dfx.store.writing import Columns, Store, fail, finish, write_note, write_pa
 __all__ = [
     "Columns",
     "Features",
+    "Place",
     "Status",
     "Store",
     "check_folder",
@@ -15,6 +17,7 @@ __all__ = [
     "fail",
     "finish",
     "open_features",
+    "place_of",
     "statuses",
     "write_note",
     "write_patch_mode",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import dask.array as da
@@ -10,29 +10,29 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from dfx.errors import CallTypeError, StoreError
+from dfx.errors import StoreError
 from dfx.store.layout import dfx_attributes
+from dfx.store.place import At, place_of
 
 
 class Features:
     """A complete store, read lazily. `.attrs` is what it says of itself (see README, "The store")."""
 
-    def __init__(self, path: str | Path, encoder: str | None = None) -> None:
-        if not isinstance(path, str | Path):
-            raise CallTypeError(f"a store is given by its path (str or Path), not by {type(path).__name__}.")
-        self.path = Path(path)
-        attributes = dfx_attributes(self.path)
+    def __init__(self, path: At, encoder: str | None = None, storage_options: Mapping[str, Any] | None = None) -> None:
+        place = place_of(path, storage_options)
+        self.path = place.output
+        attributes = dfx_attributes(place)
         if attributes is None:
-            raise StoreError(f"{path} is no store of dfx: give a <name>.zarr that a run wrote.")
+            raise StoreError(f"{place} is no store of dfx: give a <name>.zarr that a run wrote.")
         if attributes.get("status") != "complete":
             reason = f": {attributes['failure']}" if "failure" in attributes else ""
-            raise StoreError(f"{path} is {attributes.get('status')}, not complete{reason}; run the extraction again.")
+            raise StoreError(f"{place} is {attributes.get('status')}, not complete{reason}; run the extraction again.")
         self.attrs: dict[str, Any] = attributes
-        self._group = zarr.open_group(str(path), mode="r")
+        self._group = zarr.open_group(place.zarr(), mode="r")
         several: dict[str, Any] | None = attributes.get("encoders")
         self._said = several or {attributes["encoder"]["name"]: attributes["encoder"]}
         if encoder is not None and encoder not in self._said:
-            raise StoreError(f"{path} holds features of {', '.join(self._said)}, not of {encoder}.")
+            raise StoreError(f"{place} holds features of {', '.join(self._said)}, not of {encoder}.")
         self._chosen = encoder
 
     @property
@@ -81,9 +81,10 @@ class Features:
         return f"Features({str(self.path)!r}, {', '.join(self._said)})"
 
 
-def open_features(path: str | Path, encoder: str | None = None) -> Features:
-    """Open a complete store. `encoder`: whose features are wanted; needed only where there are several.
+def open_features(path: At, encoder: str | None = None, storage_options: Mapping[str, Any] | None = None) -> Features:
+    """Open a complete store, by its path or URL.
 
+    `encoder`: whose features are wanted; needed only where there are several. `storage_options`: as in `open_slide`.
     Raises `StoreError` for what is no store of dfx, is not complete, or has nothing of that encoder.
     """
-    return Features(path, encoder)
+    return Features(path, encoder, storage_options)
