@@ -140,11 +140,11 @@ def create_features(group: zarr.Group, n: int, heads: Sequence[Head], block_size
 
 def features_array(place: Place, name: str) -> zarr.Array[Any]:
     """Open a features array to write blocks; what is given pickles small."""
-    return zarr.open_array(place.zarr(), path=name, mode="r+", config={"write_empty_chunks": True})
+    return zarr.open_array(place.zarr(), path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True})
 
 
 def update(at: At, **changes: Any) -> None:
     """Change what a store says of itself; None removes."""
-    group = zarr.open_group(place_of(at).zarr(), mode="r+")
+    group = zarr.open_group(place_of(at).zarr(), mode="r+", zarr_format=3)
     said = {**dict(group.attrs["dfx"]), **changes}  # type: ignore[arg-type]
     group.attrs["dfx"] = {name: value for name, value in said.items() if value is not None}

@@ -158,7 +158,7 @@ def finish(place: Place) -> None:
         with _closing, warnings.catch_warnings():  # which is no other thread's to enter
             warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the zarr 3 standard yet
             warnings.filterwarnings("ignore", message="Object at")  # a user's file in the store's folder
-            zarr.consolidate_metadata(place.zarr())
+            zarr.consolidate_metadata(place.zarr(), zarr_format=3)
         update(place, status="complete", failure=None, **said)
     place.remove([NOTES])
 
