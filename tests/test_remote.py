@@ -190,7 +190,7 @@ def test_a_block_asks_for_its_next_batch_before_the_first_is_encoded(
         return encode(encoder, patches, **how)
 
     monkeypatch.setattr(kernel, "encode", encode_late)
-    dfx.features(slide, grid, nets.Means(), batch_size=16, block_size=64).compute(scheduler="sync")
+    dfx.features(slide, grid, nets.Means(), batch_size=16, block_size=128).compute(scheduler="sync")
     assert waited == [16]
 
 
@@ -451,7 +451,7 @@ def test_no_secret_is_in_a_log_a_message_a_key_or_a_store(
     place = place_of("s3://out/secret", options)
     told += [place.read(name).decode("latin-1") for name in place.files()]
     told += [repr(place), str(place / "x")]
-    slide = dfx.open_slide(given[1], storage_options=options)
+    slide = dfx.open_slide(given[1], storage_options={"s3": options})
     told += [repr(slide), slide.url, repr(slide.source), repr(slide.level(0)), slide.level(0).name]
     assert slide.url == f"{web.url}/signed.svs"
     assert [text for text in told if SECRET in text or "X-Signature" in text] == []
