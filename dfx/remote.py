@@ -121,9 +121,12 @@ def status(error: BaseException) -> int | None:
     for e in causes(error):
         response = getattr(e, "response", None)  # botocore's
         said = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, Mapping) else None
-        for number in (said, getattr(e, "status", None), getattr(e, "status_code", None), getattr(e, "code", None)):
-            if isinstance(number, int) and 400 <= number < 600:
-                return number
+        numbers = (said, *(getattr(e, name, None) for name in ("status", "status_code")))
+        if type(e).__module__.startswith("gcsfs"):  # aiohttp deprecates its own
+            numbers = (*numbers, getattr(e, "code", None))
+        found = next((number for number in numbers if isinstance(number, int) and 400 <= number < 600), None)
+        if found is not None:
+            return found
     return None
 
 

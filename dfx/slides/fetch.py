@@ -24,8 +24,8 @@ WASTE = 0.1
 """Share of what is asked for that may be fetched between ranges beside it."""
 CHECK = 10.0
 """Seconds between two looks whether the file is still the one that was opened."""
-VERSION = ("size", "ETag", "etag", "generation", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
-"""What file systems tell of a file that changes when it is written anew."""
+VERSION = ("ETag", "etag", "generation", "Last-Modified", "LastModified", "last_modified", "mtime", "created")
+"""What file systems tell of a file that changes when it is written anew, the best first."""
 
 _fetching = ThreadPoolExecutor(32, "dfx-fetch")
 """Threads that wait for servers: started when first needed, and idle otherwise."""
@@ -176,7 +176,7 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
 
 def version(said: Mapping[str, Any]) -> tuple[str, ...]:
     """What tells a file from the one that was there before."""
-    return tuple(str(said.get(name)) for name in VERSION)
+    return str(said.get("size")), next((str(said[name]) for name in VERSION if said.get(name)), "")
 
 
 class Blocks:

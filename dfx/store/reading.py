@@ -28,7 +28,7 @@ class Features:
             reason = f": {attributes['failure']}" if "failure" in attributes else ""
             raise StoreError(f"{place} is {attributes.get('status')}, not complete{reason}; run the extraction again.")
         self.attrs: dict[str, Any] = attributes
-        self._group = zarr.open_group(place.zarr(), mode="r")
+        self._group = zarr.open_group(place.zarr(), mode="r", zarr_format=3)
         several: dict[str, Any] | None = attributes.get("encoders")
         self._said = several or {attributes["encoder"]["name"]: attributes["encoder"]}
         if encoder is not None and encoder not in self._said:
