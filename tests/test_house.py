@@ -27,7 +27,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
     ["store"],
     ["arrays", "loose"],
     ["run"],
-    ["progress", "pictures", "counters"],
+    ["progress", "pictures", "counters", "export"],
     ["call"],
     ["extractor"],
     ["demo"],
