@@ -15,7 +15,7 @@ ROOT = Path(dfx.__file__).parent
 ROOMS = [  # from the ground up; those of one line may not import each other
     ["errors"],
     ["resolution"],
-    ["tissue"],
+    ["tissue", "coords"],
     ["grid"],
     ["slides"],
     ["reader"],

@@ -69,8 +69,8 @@ class Source:
 
     @property
     def free(self) -> bool:
-        """Whether patches lie anywhere, not on a lattice; its stride is then one pixel."""
-        return "pixels" in self.attrs["patches"] and self.stride_yx == (1, 1)
+        """Whether patches lie anywhere, not on a lattice: `PatchGrid.from_h5` counts single pixels then."""
+        return self.stride_yx == (1, 1)
 
     @property
     def overlap(self) -> int:
