@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from dfx.annotations import draw, is_annotation
 from dfx.coords import read_coords
 from dfx.errors import CallError, CallTypeError
 from dfx.resolution import Units, View
@@ -143,15 +144,16 @@ class PatchGrid:
         resolution: float | tuple[float, float] = 0.5,
         units: Units = "mpp",
         stride: int | tuple[int, int] | None = None,
-        mask: str | Path | NDArray[Any] | HasThumbnail | None = "tissue",
+        mask: str | Path | NDArray[Any] | Mapping[str, Any] | HasThumbnail | None = "tissue",
         min_mask_ratio: float = 0.0,
     ) -> PatchGrid:
         """Lay a grid over a slide and keep the patches under the mask.
 
         `shape` and `stride` (default: the shape) are (rows, columns) at the requested resolution;
         the grid starts at the slide's top left corner and its last patches may overhang. `mask`:
-        "tissue" (Otsu), None (every patch), or what is stretched over the whole slide: an array, an
-        image path, or a `Slide` that is black outside.
+        "tissue" (Otsu), None (every patch), what is stretched over the whole slide: an array, an
+        image path, or a `Slide` that is black outside; or GeoJSON as QuPath exports it, a path
+        that ends with .geojson or .json or a mapping: polygons in level-0 pixels.
         `min_mask_ratio`: share of a patch that must be above this. Raises `ResolutionError` when
         the slide lacks the metadata that the units need, `CallError` for a bad value.
 
@@ -174,6 +176,7 @@ class PatchGrid:
         steps = np.stack([ix, iy], axis=1)
         if mask is not None:
             cells: Any = slide.tissue_mask() if isinstance(mask, str) and mask == "tissue" else mask
+            cells = draw(cells, slide.view(1.0, "baseline").size_xy) if is_annotation(cells) else cells
             cells = cells.thumbnail(MASK_SIZE) if isinstance(cells, HasThumbnail) else cells
             cells = read_mask(cells) if isinstance(cells, str | Path) else as_mask(cells)
             origins = steps * np.array(stride_yx[::-1])

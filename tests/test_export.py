@@ -459,7 +459,7 @@ spec = slide.tile_spec("tiles")
 assert (spec.height, spec.stride_width, spec.mpp, spec.base_width) == (64, 32, 1.0, 128), spec
 found = slide.fetch.features_anndata("Twos", "tiles", tile_graph=False)
 assert (found.X == table.X).all()
-assert (found.obsm["spatial"] == sdata.shapes["tiles"][["x", "y"]]).all()
+assert (found.obsm["spatial"] == sdata.shapes["tiles"][["x", "y"]].to_numpy()).all()
 print(*found.shape, float(found.X.sum()))
 """
 

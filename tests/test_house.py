@@ -15,7 +15,7 @@ ROOT = Path(dfx.__file__).parent
 ROOMS = [  # from the ground up; those of one line may not import each other
     ["errors"],
     ["resolution"],
-    ["tissue", "coords"],
+    ["tissue", "coords", "annotations"],
     ["grid"],
     ["slides"],
     ["reader"],
@@ -27,7 +27,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
     ["store"],
     ["arrays", "loose"],
     ["run"],
-    ["progress", "pictures", "counters", "export"],
+    ["table", "progress", "pictures", "counters", "export"],
     ["call"],
     ["extractor"],
     ["demo"],
