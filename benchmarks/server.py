@@ -127,7 +127,11 @@ class Handler(BaseHTTPRequestHandler):
         connection.request(self.command, self.path, body, headers)
         answer = connection.getresponse()
         data = answer.read()
-        found = {name: value for name, value in answer.getheaders() if name.lower() not in (drop - {"content-length"}) | {"server", "date"}}
+        found = {
+            name: value
+            for name, value in answer.getheaders()
+            if name.lower() not in (drop - {"content-length"}) | {"server", "date"}
+        }
         connection.close()
         return answer.status, found, data
 

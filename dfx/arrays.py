@@ -43,7 +43,7 @@ def patches(
     check_pair(slide, grid)
     slide.check_picture(grid.view.level)
     work = BlockWork.of(slide, grid, (), options)
-    return map_steps(read_task, work, grid, (*grid.shape_yx, 3), np.dtype(np.uint8), "patches")
+    return map_steps(read_task, work, grid, (*grid.pixels_yx, 3), np.dtype(np.uint8), "patches")
 
 
 def features(
@@ -82,7 +82,7 @@ def make_plan(slide: Slide, grid: PatchGrid, encoders: Sequence[EncoderSpec], op
     """Plan a slide: check that its patches can be made, and find what the encoders give for them."""
     check_pair(slide, grid)
     slide.check_picture(grid.view.level)
-    return Plan(slide, grid, make_heads(encoders, grid.shape_yx), options)
+    return Plan(slide, grid, make_heads(encoders, grid.pixels_yx), options)
 
 
 def make_heads(encoders: Sequence[EncoderSpec], shape_yx: tuple[int, int], channels: int = 3) -> tuple[Head, ...]:

@@ -61,7 +61,7 @@ class DeepFeatureExtractor:
 
     def run(
         self,
-        images: Sequence[Any] | NDArray[Any],
+        images: Sequence[Any] | NDArray[Any] | str | Path,
         *,
         masks: Sequence[Any] | NDArray[Any] | None = None,
         input_resolutions: Sequence[Mapping[str, Any]] | None = None,
@@ -97,7 +97,8 @@ class DeepFeatureExtractor:
     ) -> RunResult | dict[str, Any] | Path | str:
         """Extract features; nothing given here outlasts the call.
 
-        Slides (`patch_mode=False`): `images` are paths, `Slide`s or `WSIReader`s; gives input -> store (zarr), or
+        Slides (`patch_mode=False`): `images` are paths, `Slide`s or `WSIReader`s, patterns such as "slides/*.svs", or
+        a table of slides by its path (.csv, .txt; see `dfx.table.read_table`); gives input -> store (zarr), or
         input -> {"features", "coordinates", "labels"} (dict). Loose patches: `images` are a uint8
         (N, rows, columns, 3) array, a list of arrays or of image files; gives {"features", "labels"}
         or the store's path.
@@ -105,8 +106,8 @@ class DeepFeatureExtractor:
         - `input_resolutions`: `[{"resolution": 0.5, "units": "mpp"}]` (the first is read), units mpp, power, level or
           baseline; `patch_input_shape`, `stride_shape` (default: the patch): (rows, columns) there.
           `ioconfig`, an object or mapping with these three, goes before them.
-        - `masks`: one a slide, None, an array, an image path or a `Slide`; without one, `auto_get_mask` finds
-          tissue. `min_mask_ratio`: share of a patch that must be above this.
+        - `masks`: one a slide, None, an array, an image path, GeoJSON (a path or mapping) or a `Slide`; without
+          one, `auto_get_mask` finds tissue. `min_mask_ratio`: share of a patch that must be above this.
         - `save_dir`: where stores go. One of the same plan is kept or resumed; one of another is an
           error, unless `overwrite`, which replaces stores that dfx made and nothing else.
         - `memory_threshold`: percent of a worker's memory above which batches are halved and blocks wait for

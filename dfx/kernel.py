@@ -43,6 +43,7 @@ def read(
         grid.origins(steps_xy),
         grid.shape_yx,
         out,
+        pixels_yx=grid.pixels_yx,
         stride_yx=grid.stride_yx,
         fast=work.options.fast,
         damaged=damaged if work.options.on_bad_tile == "fill" else None,
@@ -78,7 +79,7 @@ def encode_block(
     for start in range(0, len(steps_xy), size):
         batch, following = steps_xy[start : start + size], steps_xy[start + size : start + 2 * size]
         with meter("dfx-read"):
-            patches = read(batch, work, batch_buffer(len(batch), work.grid.shape_yx), damaged, following)
+            patches = read(batch, work, batch_buffer(len(batch), work.grid.pixels_yx), damaged, following)
         for head, left, right in zip(work.heads, edges, edges[1:], strict=False):
             with meter("dfx-encode"):
                 found = encode(head.encoder, patches, batch_size=size, device=work.options.device, threads=threads)

@@ -97,6 +97,7 @@ def read_patches(
     shape_yx: tuple[int, int],
     out: NDArray[np.uint8] | None = None,
     *,
+    pixels_yx: tuple[int, int] | None = None,
     stride_yx: tuple[int, int] | None = None,
     fast: bool = False,
     damaged: set[str] | None = None,
@@ -104,18 +105,19 @@ def read_patches(
 ) -> NDArray[np.uint8]:
     """Read patches, uint8 RGB (N, rows, columns, 3).
 
-    `origins_xy`: int (N, 2), top left corners (x, y) at the view's resolution; `stride_yx`: from one
-    to the next where they are some of a grid, so that tiles on their border are kept for the
-    others. Pixels beyond the slide are white (255). A patch that needs no resampling has the file's
-    own pixels; shrinking averages areas, enlarging is cubic. `fast`: JPEG tiles that are shrunk by
-    a whole factor are halved while they are decoded, as often as the factor allows. `following_xy`: patches
-    that will be read next, whose tiles a remote slide fetches meanwhile. Raises
+    `origins_xy`: int (N, 2), top left corners (x, y) at the view's resolution, of patches of `shape_yx`
+    there; `pixels_yx`: what they are resampled to, where not that; `stride_yx`: from one to the next where they
+    are some of a grid, so that tiles on their border are kept for the others. Pixels beyond the slide are
+    white (255). A patch that needs no resampling has the file's own pixels; shrinking averages areas,
+    enlarging is cubic. `fast`: JPEG tiles that are shrunk by a whole factor are halved while they are
+    decoded, as often as the factor allows. `following_xy`: patches that will be read next, whose tiles a
+    remote slide fetches meanwhile. Raises
     `SlideError` when a tile can't be read; with `damaged`, tiles that can't be decoded are white, and
     their names are added there.
     """
-    h, w = shape_yx
+    pixels_yx = pixels_yx or shape_yx
     if out is None:
-        out = RECYCLED.empty((len(origins_xy), *shape_yx, 3))
+        out = RECYCLED.empty((len(origins_xy), *pixels_yx, 3))
     boxes, (w, h) = boxes_of(view, origins_xy, shape_yx)
     following = None
     if slide.source.prefetches and following_xy is not None and len(following_xy):
@@ -124,7 +126,7 @@ def read_patches(
     level = slide.levels[view.level]
     outside = (boxes[:, :2] < 0) | (boxes[:, 2:] > level.shape_yx)
     beyond = np.asarray(outside.any(axis=1) | level.has_gaps | (damaged is not None))
-    factor = whole_factor(boxes, (h, w), shape_yx, level)
+    factor = whole_factor(boxes, (h, w), pixels_yx, level)
     if factor:
         out[beyond] = 255
         divides = (n for n in SHRINKS if fast and factor % n == 0 and slide.can_shrink(view.level, n))
@@ -158,13 +160,19 @@ def boxes_of(
     return np.concatenate([corners, corners + np.array(size_xy)], axis=1)[:, [1, 0, 3, 2]], size_xy
 
 
-def working_memory(slide: Slide, view: View, origins_xy: NDArray[np.integer], shape_yx: tuple[int, int]) -> int:
+def working_memory(
+    slide: Slide,
+    view: View,
+    origins_xy: NDArray[np.integer],
+    shape_yx: tuple[int, int],
+    pixels_yx: tuple[int, int],
+) -> int:
     """Bytes that a thread takes to read these patches at once, the patches themselves not counted."""
     boxes, (w, h) = boxes_of(view, origins_xy, shape_yx)
     level = slide.levels[view.level]
     tile = 2 * int(np.prod(level.tile_yx)) * max(3, level.channels * level.dtype.itemsize)  # compressed and decoded
     tile += 2 * AHEAD if slide.source.prefetches else 0
-    if whole_factor(boxes, (h, w), shape_yx, level):
+    if whole_factor(boxes, (h, w), pixels_yx, level):
         return tile
     canvases = (
         boxes[start:stop, 2:].max(axis=0) - boxes[start:stop, :2].min(axis=0) for start, stop in sub_blocks(boxes)

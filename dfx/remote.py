@@ -190,3 +190,16 @@ def read_bytes(url: str, storage_options: Mapping[str, Any] | None) -> bytes:
     options = options_for(url, storage_options)
     fs, path = filesystem(url, options)
     return bytes(patiently(lambda: fs.cat_file(path), url, options))
+
+
+def matching(pattern: str, storage_options: Mapping[str, Any] | None) -> list[str]:
+    """Give the URLs that match a pattern, sorted, or the file of that very name; raises `OSError`."""
+    options = options_for(pattern, storage_options)
+    fs, path = filesystem(pattern, options)
+
+    def listed() -> list[str]:
+        if "*" not in path and fs.exists(path):
+            return [pattern]
+        return sorted(str(fs.unstrip_protocol(name)) for name in fs.glob(path))
+
+    return patiently(listed, pattern, options)

@@ -17,7 +17,14 @@ def add(commands: Any) -> None:
     """Describe the command."""
     p = commands.add_parser("extract", help="extract the features of slides into zarr stores; resumes by itself")
     p.set_defaults(command=run)
-    p.add_argument("slides", nargs="+", metavar="SLIDE", help="a slide's file or URL")
+    p.add_argument(
+        "slides", nargs="*", metavar="SLIDE", help="a slide's file or URL, or a quoted pattern: 'slides/*.svs'"
+    )
+    p.add_argument(
+        "--table",
+        metavar="FILE",
+        help="slides of a table: .csv with columns slide, mpp, power, mask, label (slide is needed), or .txt",
+    )
     p.add_argument(
         "--encoder",
         required=True,
@@ -39,7 +46,7 @@ def add(commands: Any) -> None:
         "--mask",
         default="tissue",
         metavar="tissue|none|PATH",
-        help="which patches are kept (default: tissue); a file is one slide's",
+        help="which patches are kept (default: tissue); a file, an image or GeoJSON, is one slide's",
     )
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
@@ -80,22 +87,30 @@ def run(args: argparse.Namespace) -> int:
     """Extract the features of slides."""
     from dfx import cluster
     from dfx.extractor import DeepFeatureExtractor
+    from dfx.table import read_table, rows_of
 
-    if args.mask not in ("tissue", "none") and len(args.slides) > 1:
+    if bool(args.slides) == bool(args.table):
+        raise CallError("give slides, or --table with a file that names them.")
+    if args.table:
+        read_table(args.table, args.storage_options)
+    slides = args.table or [row.given for row in rows_of(args.slides, args.storage_options)]
+    if args.mask not in ("tissue", "none") and (args.table or len(slides) > 1):
+        count = "those of a table" if args.table else f"{len(slides)}"
         raise CallError(
-            f"--mask {args.mask} is one slide's mask, but there are {len(args.slides)} slides: run each alone."
+            f"--mask {args.mask} is one slide's mask, but the slides are {count}: run each alone, "
+            "or give masks in a column of --table."
         )
     model: Any = args.encoder if len(args.encoder) > 1 else args.encoder[0]
     weights: Any = args.weights[0] if args.weights and len(args.weights) == 1 else args.weights
     resolution = int(args.resolution) if args.units == "level" and args.resolution.is_integer() else args.resolution
-    masks: list[Any] | None = None if args.mask in ("tissue", "none") else [args.mask] * len(args.slides)
+    masks: list[Any] | None = None if args.mask in ("tissue", "none") else [args.mask]
     given = {"mpp": args.slide_mpp, "power": args.slide_power}
     with cluster.connect(args.scheduler) if args.scheduler else nullcontext() as client:
         extractor = DeepFeatureExtractor(
             model, args.batch_size, weights=weights, device=args.device, verbose=not args.quiet
         )
         result = extractor.run(
-            args.slides,
+            slides,
             masks=masks,
             patch_mode=False,
             input_resolutions=[{"resolution": resolution, "units": args.units}],

@@ -65,9 +65,14 @@ class Features:
 
     def to_baseline(self) -> NDArray[np.float64]:
         """float64 (N, 4): the coordinates in baseline (level 0) pixels."""
-        array = self._group[self._present("coordinates")]
-        assert isinstance(array, zarr.Array)
-        return np.asarray(np.asarray(array[...]) * np.tile(np.asarray(array.attrs["to_baseline"], float), 2))
+        return np.asarray(self.coordinates.compute(scheduler="synchronous") * np.tile(self.scale, 2))
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """(x, y) factors from coordinates to baseline pixels."""
+        attributes = self._group[self._present("coordinates")].attrs
+        x, y = np.asarray(attributes["to_baseline"], float).tolist()
+        return x, y
 
     def _lazy(self, name: str) -> da.Array:
         return da.from_zarr(self._group[self._present(name)])
