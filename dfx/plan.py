@@ -138,6 +138,17 @@ class Plan:
         return [part.astype(head.dtype, copy=False) for part, head in zip(parts, self.heads, strict=True)]
 
     @property
+    def mpp(self) -> float | None:
+        """About how many microns a pixel of the patches has; None where the slide does not say.
+
+        10 / objective power where that is all it says: near enough for a warning, and for nothing else.
+        """
+        mpp = self.slide.mpp or (None if self.slide.power is None else (10 / self.slide.power,) * 2)
+        if mpp is None:
+            return None
+        return sum(one * factor for one, factor in zip(mpp, self.grid.view.to_baseline, strict=True)) / 2
+
+    @property
     def blocks(self) -> int:
         """How many blocks there are."""
         return -(-len(self.grid) // self.options.block_size)
@@ -169,7 +180,7 @@ class Plan:
             return Needs()
         origins = self.grid.origins(self.grid.steps_xy[: self.batch])
         pixels = math.prod(self.grid.shape_yx)
-        sizes = [math.prod(head.encoder.input_size or self.grid.shape_yx) for head in self.heads]
+        sizes = [math.prod(head.encoder.resize or head.encoder.input_size or self.grid.shape_yx) for head in self.heads]
         resized = max((size for size in sizes if size != pixels), default=0)
         activations = max((head.activations for head in self.heads), default=0)
         level = self.slide.levels[self.grid.view.level]
