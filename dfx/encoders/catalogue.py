@@ -248,6 +248,7 @@ PATHOLOGY: tuple[Card, ...] = (
         {"add_pooling_layer": False},
     ),
     _card("phikon-v2", "transformers:owkin/phikon-v2", "Dinov2Model", 1024, "owkin-non-commercial"),
+    # Their code needs transformers below 5.
     _card("hibou-b", "transformers:histai/hibou-b", "AutoModel", 768, "apache-2.0", HIBOU, gated=True, code=True),
     _card("hibou-l", "transformers:histai/hibou-L", "AutoModel", 1024, "apache-2.0", HIBOU, gated=True, code=True),
     _midnight,

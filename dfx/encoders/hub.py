@@ -36,6 +36,8 @@ class Wanted:
     """Other names under which the offline folder may have the same weights."""
     page: str = ""
     """Where the weights are to be had by hand."""
+    untrained: bool = False
+    """Whether it can be run without weights."""
 
     @property
     def remedy(self) -> str:
@@ -47,6 +49,7 @@ class Wanted:
             f"'{self.name}' needs {files} of {where}: download it where there is a network, and pass weights={what} "
             f"(--weights {what}) or put it into the folder of DFX_WEIGHTS as {self.name}"
             f"{'.safetensors (.pt, .pth, .bin)' if len(self.parts) == 1 else '/'}"
+            f"{', or pass weights=' + repr('random') + ' to run it untrained' if self.untrained else ''}"
         )
 
 
@@ -112,7 +115,8 @@ def fetched(wanted: Wanted) -> Path:
             f"`hf auth login`, or set HF_TOKEN. Without network, {wanted.remedy}."
         ) from e
     except (errors.HfHubHTTPError, errors.EntryNotFoundError, OSError) as e:
-        raise EncoderError(f"{wanted.repository} could not be downloaded ({e}). {wanted.remedy}.") from e
+        said = " ".join(str(e).split())  # the hub's library writes paragraphs
+        raise EncoderError(f"{wanted.repository} could not be downloaded ({said}). {wanted.remedy}.") from e
 
 
 def download(wanted: Wanted, *, cached: bool = False) -> Path:

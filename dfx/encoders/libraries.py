@@ -43,9 +43,7 @@ def untrained(spec: EncoderSpec, path: Path | None) -> nn.Module | None:
     if path is None or card.code:
         return None
     if spec.kind == "transformers":
-        model = getattr(library("transformers", spec.name), str(card.architecture))
-        config = model.config_class.from_pretrained(str(path), local_files_only=True)
-        return pooled(spec, model(config, **card.build))
+        return pooled(spec, transformers_layers(spec, card, path))
     return open_clip_tower(spec, path) if spec.kind == "open_clip" else None
 
 
@@ -78,20 +76,29 @@ def from_timm(spec: EncoderSpec, card: Card | None) -> nn.Module:
     name = spec.name if card is None or card.architecture is None else card.architecture
     built = {} if card is None else {key: LAYERS.get(value, value) for key, value in card.build.items()}
     sized = {"img_size": spec.input_size} if timm.get_pretrained_cfg(name).fixed_input_size else {}
-    pools = {None: {}, "cls": {"global_pool": "token"}, "mean": {"global_pool": "avg"}, "cls+mean": {"global_pool": ""}}
+    token = {"global_pool": "token"} if spec.pooling == "cls" else {}
     try:
-        module: nn.Module = timm.create_model(
-            name, pretrained=False, num_classes=0, **built, **sized, **pools[spec.pooling]
-        )
-        prefix: int | None = getattr(module, "num_prefix_tokens", None)
-        if spec.pooling == "cls+mean" and prefix is None:
-            raise ValueError("it gives maps, not tokens")
+        module: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **built, **sized, **token)
+        pools = getattr(module, "global_pool", "")
+        if spec.pooling == "cls+mean" or (spec.pooling == "mean" and pools == "token"):
+            module.reset_classifier(0, "")  # type: ignore[operator]  # which leaves its norm where the weights have it
+            return Tokens(module, spec.pooling, prefix_of(module))
+        if spec.pooling == "mean":
+            module.reset_classifier(0, "avg")  # type: ignore[operator]
     except (AssertionError, TypeError, ValueError, RuntimeError) as e:
         raise EncoderError(
             f"timm can't build '{spec.name}' with input_size={spec.input_size} and pooling={spec.pooling!r} "
             f"({type(e).__name__}: {e}): leave out what it does not take."
         ) from e
-    return Tokens(module, "cls+mean", prefix) if spec.pooling == "cls+mean" and prefix is not None else module
+    return module
+
+
+def prefix_of(module: nn.Module) -> int:
+    """Count the tokens before those of patches; raises `ValueError` for a network that gives maps."""
+    prefix = getattr(module, "num_prefix_tokens", None)
+    if not isinstance(prefix, int):
+        raise ValueError("it gives maps, not tokens")
+    return prefix
 
 
 def pooled(spec: EncoderSpec, module: nn.Module) -> nn.Module:
@@ -102,11 +109,33 @@ def pooled(spec: EncoderSpec, module: nn.Module) -> nn.Module:
     return Hidden(module, spec.pooling, 1 + registers)
 
 
+def described(spec: EncoderSpec, path: Path) -> dict[str, Any]:
+    """Read a JSON file that describes layers."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except (OSError, ValueError) as e:
+        raise EncoderError(f"{path} does not describe '{spec.name}' ({e}): download it again.") from e
+    return found
+
+
+def transformers_layers(spec: EncoderSpec, card: Card, folder: Path) -> nn.Module:
+    """Build a model of transformers without its weights."""
+    model = getattr(library("transformers", spec.name), str(card.architecture))
+    try:
+        config = model.config_class.from_pretrained(str(folder), local_files_only=True)
+        module: nn.Module = model(config, **card.build)
+    except Exception as e:  # whatever the library raises
+        raise EncoderError(f"{folder} does not describe '{spec.name}' ({type(e).__name__}: {e}).") from e
+    return module
+
+
 def from_transformers(spec: EncoderSpec, card: Card, folder: Path) -> nn.Module:
     """Load a model of transformers out of its folder. Its repository's code runs only if the spec is trusted."""
     transformers = library("transformers", spec.name)
-    config = json.loads((folder / "config.json").read_text())
-    elsewhere = [name for name in config.get("auto_map", {}).values() if "--" in str(name)]
+    auto = described(spec, folder / "config.json").get("auto_map", {})
+    elsewhere = [name for name in auto.values() if "--" in str(name)]
     if spec.trusted and elsewhere:
         raise EncoderError(f"'{spec.name}' takes code of another repository, {elsewhere[0]}: that is no pinned state.")
     safe = (folder / "model.safetensors").is_file()
@@ -136,10 +165,14 @@ def from_transformers(spec: EncoderSpec, card: Card, folder: Path) -> nn.Module:
 def open_clip_tower(spec: EncoderSpec, folder: Path) -> nn.Module:
     """Build the image's network of an open_clip model; its text's would need files of yet another repository."""
     model = library("open_clip.model", spec.name)
-    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-    module: nn.Module = model._build_vision_tower(
-        config["embed_dim"], config["vision_cfg"], quick_gelu=config.get("quick_gelu", False)
-    )
+    config = described(spec, folder / "open_clip_config.json")
+    try:
+        config = config["model_cfg"]
+        vision = config["vision_cfg"] | {"timm_model_pretrained": False}  # else timm would fetch other weights first
+        # Private, and so held by a test: the public factory builds the text's network as well.
+        module: nn.Module = model._build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+    except Exception as e:  # whatever the library raises
+        raise EncoderError(f"{folder} does not describe '{spec.name}' ({type(e).__name__}: {e}).") from e
     return module
 
 

@@ -19,6 +19,8 @@ from dfx.errors import CallError, EncoderError
 
 SEED = 0
 """Of untrained weights, so that every worker has the same."""
+UNTRAINED = ("timm", "keep")
+"""Libraries that build a network from its name alone."""
 CONFIG = {"transformers": ("config.json",), "open_clip": ("open_clip_config.json",)}
 """Files that describe the layers, of libraries that don't know them by name."""
 
@@ -28,13 +30,14 @@ def named_spec(name: str, weights: str | Path | None, *, trusted: bool, revision
     card = find(name)
     if card is None or card.architecture is None:
         return timm_spec(name if card is None else card.name, weights, revision)
+    wanted = wanted_by(card.name, card.hub, revision)
     if card.code:
-        check_trust(card, weights, trusted=trusted, revision=revision)
-    if weights == "random" and card.library not in ("timm", "keep"):
+        check_trust(card, trusted=trusted, pinned=weights is not None or pinned(wanted))
+    if weights == "random" and card.library not in UNTRAINED:
         raise CallError(
             f"'{card.name}' can't be built untrained: its layers are described by files beside its weights."
         )
-    source, digest = located(wanted_by(card.name, card.hub, revision), weights)
+    source, digest = located(wanted, weights)
     return EncoderSpec(
         name=card.name,
         kind=card.library,
@@ -98,32 +101,41 @@ def timm_config(name: str) -> Any:
     return config
 
 
-def check_trust(card: Card, weights: str | Path | None, *, trusted: bool, revision: str | None) -> None:
+def pinned(wanted: hub.Wanted) -> bool:
+    """Whether only one state of a repository can be meant: a commit, or the offline folder's."""
+    if wanted.revision is None:
+        return hub.offline(wanted) is not None
+    return re.fullmatch("[0-9a-f]{40}", wanted.revision) is not None
+
+
+def check_trust(card: Card, *, trusted: bool, pinned: bool) -> None:
     """Refuse to run a repository's code unless the user asks for one state of it, which workers then have too."""
-    if trusted and (weights is not None or re.fullmatch("[0-9a-f]{40}", revision or "")):
-        return
-    raise EncoderError(
-        f"'{card.name}' is built by code of its repository, {card.home}: read it, then pass trust_remote_code=True "
-        "and revision=COMMIT, its 40 digits, or weights=FOLDER, to load_encoder."
-    )
+    if not (trusted and pinned):
+        raise EncoderError(
+            f"'{card.name}' is built by code of its repository, {card.home}: read it, then pass trust_remote_code=True "
+            "and revision=COMMIT, its 40 digits, or weights=FOLDER, to load_encoder."
+        )
 
 
 def wanted_by(name: str, repository: str | None, revision: str | None) -> hub.Wanted:
     """Say what a named encoder's weights are."""
     card = find(name)
     if card is None:
-        return hub.Wanted(name, (hub.FILES,), repository, revision)
+        return hub.Wanted(name, (hub.FILES,), repository, revision, untrained=True)
     config = CONFIG.get(card.library)
     parts = (card.files or hub.FILES,) if config is None else (config, card.files or hub.FILES)
     others = () if card.shares is None else (card.shares,)
-    return hub.Wanted(name, parts, repository, revision, card.code, others, card.home)
+    untrained = card.library in UNTRAINED
+    return hub.Wanted(name, parts, repository, revision, card.code, others, card.home, untrained)
 
 
 def located(wanted: hub.Wanted, weights: str | Path | None) -> tuple[str, str]:
     """Find weights: what is to be built from, as workers find it too, and its digest."""
     if weights == "random":
         return "random", f"random-{SEED}"
-    path = hub.offline(wanted) if weights is None else hub.given(wanted, weights)
+    path = None if weights is None else hub.given(wanted, weights)
+    if path is None and wanted.revision is None:  # nobody knows of which revision the offline folder's are
+        path = hub.offline(wanted)
     if path is not None:
         return str(path), hub.digest(wanted, path)
     at = f"@{wanted.revision}" if wanted.revision else ""
@@ -137,7 +149,7 @@ def located_again(spec: EncoderSpec) -> tuple[hub.Wanted, Path]:
     wanted = wanted_by(spec.name, repository if published else None, revision or None if published else None)
     if not published and Path(spec.weights).exists():
         return wanted, hub.given(wanted, spec.weights)
-    path = hub.offline(wanted)  # a worker may have its own folder
+    path = hub.offline(wanted)  # a worker may have its own folder; the digest tells whether it has the same
     if path is None:
         path = hub.fetched(wanted) if published else hub.given(wanted, spec.weights)
     return wanted, path
