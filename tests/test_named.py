@@ -29,6 +29,7 @@ import dfx
 from dfx.encoders import Card, encode, footprint, layers, named, output
 from dfx.encoders.cards import find, plain
 from dfx.encoders.catalogue import PATHOLOGY
+from dfx.encoders.modules import module_of
 from dfx.encoders.network import Network
 from dfx.encoders.prepare import Prepare
 from dfx.errors import CallError, EncoderError
@@ -93,11 +94,21 @@ def test_what_a_card_builds_has_its_width_and_the_published_size(card: Card) -> 
         assert count == pytest.approx(PUBLISHED[card.name], rel=0.015)  # buffers are counted too
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("virchow", 1), ("virchow2", 5), ("h0-mini-cls+mean", 5)])
-def test_register_tokens_are_left_out_of_the_mean(name: str, prefix: int) -> None:
-    module = named.outline(dfx.load_encoder(name, weights="random"))
+@pytest.mark.parametrize(
+    ("name", "pooling", "prefix"),
+    [
+        ("virchow", None, 1),
+        ("virchow2", None, 5),
+        ("h0-mini-cls+mean", None, 5),
+        ("h0-mini", "cls+mean", 5),
+        ("uni", "mean", 1),
+    ],
+)
+def test_register_tokens_are_left_out_of_the_mean(name: str, pooling: str | None, prefix: int) -> None:
+    module = named.outline(dfx.load_encoder(name, weights="random", pooling=pooling))
     assert isinstance(module, layers.Tokens)
     assert module.prefix == prefix
+    assert module.pooling == (pooling or "cls+mean")
 
 
 @pytest.mark.parametrize(
@@ -116,15 +127,12 @@ def test_small_ones_run(name: str, patches: NDArray[np.uint8]) -> None:
 
 def test_class_and_mean_are_those_of_the_networks_tokens(patches: NDArray[np.uint8]) -> None:
     spec = dfx.load_encoder("h0-mini-cls+mean", weights="random")
-    module = named.build(spec)
+    module = module_of(spec)
     with torch.inference_mode():
         tokens = module.network(Prepare(spec, torch.device("cpu"))(patches[:2]))  # type: ignore[operator]
     want = np.concatenate([tokens[:, 0].numpy(), tokens[:, 1 + 4 :].numpy().mean(1)], axis=1)
     assert tokens.shape == (2, 1 + 4 + 16 * 16, 768)
     assert np.allclose(encode(spec, patches[:2]), want, atol=1e-4)
-    cls = encode(dfx.load_encoder("h0-mini", weights="random"), patches[:2])
-    assert np.allclose(cls, want[:, :768], atol=1e-4)
-    assert np.allclose(encode(dfx.load_encoder("h0-mini", weights="random", pooling="cls+mean"), patches[:2]), want)
 
 
 @pytest.mark.parametrize("side", [256, 224, 300])
@@ -200,7 +208,7 @@ def test_a_cpu_computes_in_float32_unless_asked(patches: NDArray[np.uint8]) -> N
     assert spec.describe()["cpu_precision"] == "float32"
     assert (asked.precision, asked.cpu_precision) == ("bfloat16", "bfloat16")
     full, half = encode(spec, patches[:1]), encode(asked, patches[:1])
-    module = named.build(spec)
+    module = module_of(spec)
     with torch.inference_mode():
         want = module(Prepare(spec, torch.device("cpu"))(patches[:1])).numpy()
     assert np.allclose(full, want, atol=1e-5)
@@ -255,13 +263,11 @@ def test_weights_are_taken_from_the_offline_folder_under_the_encoders_name(
 def test_variants_share_their_weights_in_the_offline_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patches: NDArray[np.uint8]
 ) -> None:
-    module = named.build(dfx.load_encoder("h0-mini", weights="random"))
-    save_file(module.state_dict(), tmp_path / "h0-mini.safetensors")
+    small_vit("midnight-12k").save_pretrained(tmp_path / "midnight-12k")
     monkeypatch.setenv("DFX_WEIGHTS", str(tmp_path))
-    spec = dfx.load_encoder("h0-mini-cls+mean")
-    assert spec.weights == str(tmp_path / "h0-mini.safetensors")
-    want = encode(dfx.load_encoder("h0-mini-cls+mean", weights="random"), patches[:1])
-    assert np.array_equal(encode(spec, patches[:1]), want)
+    both, cls = dfx.load_encoder("midnight-12k"), dfx.load_encoder("midnight-12k-cls")
+    assert both.weights == cls.weights == str(tmp_path / "midnight-12k")
+    assert np.array_equal(encode(both, patches[:1])[:, :1536], encode(cls, patches[:1]))
 
 
 def test_a_dino_checkpoint_is_taken_with_its_arguments_and_its_head(tmp_path: Path, patches: NDArray[np.uint8]) -> None:
