@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import dfx
+from dfx import cli
 from dfx.encoders import Card, encode, footprint, layers, named, output
 from dfx.encoders.cards import find, plain
 from dfx.encoders.catalogue import PATHOLOGY
@@ -80,6 +81,15 @@ def test_there_are_many_cards_and_each_says_all_that_is_to_be_known() -> None:
         assert card.hub or card.page
         assert min(card.std) > 0
         assert card.shares is None or find(card.shares) in cards
+
+
+def test_the_command_shows_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["encoders"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["name", "dim", "input", "mpp", "pooling", "precision", "license", "gated", "source"]
+    for card, row in zip(dfx.list_encoders(), rows, strict=False):
+        assert row.split()[:2] == [card.name, str(card.dim)]
+        assert row.split()[-2:] == ["yes" if card.gated else "no", card.source]
 
 
 @pytest.mark.parametrize("card", BUILT, ids=lambda c: c.name)
@@ -249,7 +259,7 @@ def test_weights_are_taken_from_the_offline_folder_under_the_encoders_name(
     assert as_bin.weights == str(tmp_path / "node" / "gigapath-flash" / "pytorch_model.bin")
     (tmp_path / "gigapath-flash.safetensors").rename(tmp_path / "node" / "gigapath-flash.safetensors")
     monkeypatch.setenv("DFX_WEIGHTS", str(tmp_path / "nowhere"))
-    with pytest.raises(EncoderError, match="are not there"):
+    with pytest.raises(EncoderError, match="are not a file or folder"):
         named.build(spec)
     (tmp_path / "other").mkdir()
     save_file(flash, tmp_path / "other" / "gigapath-flash.safetensors")

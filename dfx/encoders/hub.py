@@ -70,7 +70,9 @@ def given(wanted: Wanted, path: str | Path) -> Path:
         names = " and ".join(" or ".join(part) for part in wanted.parts)
         raise EncoderError(f"weights {found} have no {names}: give the folder of '{wanted.name}'s repository.")
     if not found.is_file():
-        raise EncoderError(f"weights {found} are not there: give a .safetensors file, a state dict, or their folder.")
+        raise EncoderError(
+            f"weights {found} are not a file or folder: give .safetensors, a state dict, or their folder."
+        )
     if len(wanted.parts) > 1:
         names = " and ".join(" or ".join(part) for part in wanted.parts)
         raise EncoderError(f"weights {found} are one file, but '{wanted.name}' needs {names}: give their folder.")
