@@ -127,11 +127,8 @@ class Handler(BaseHTTPRequestHandler):
         connection.request(self.command, self.path, body, headers)
         answer = connection.getresponse()
         data = answer.read()
-        found = {
-            name: value
-            for name, value in answer.getheaders()
-            if name.lower() not in (drop - {"content-length"}) | {"server", "date"}
-        }
+        left_out = drop - {"content-length"} | {"server", "date"}
+        found = {name: value for name, value in answer.getheaders() if name.lower() not in left_out}
         connection.close()
         return answer.status, found, data
 

@@ -7,6 +7,7 @@ slide and builds the encoder once for many tasks. No pixel passes through the sc
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from dask.typing import Key
 from numpy.typing import NDArray
 
 from dfx import cluster, kernel, memory
-from dfx.encoders import EncoderLike, EncoderSpec, footprint, load_encoder, output
+from dfx.encoders import EncoderLike, EncoderSpec, footprint, load_encoder, output, unusual_mpp
 from dfx.errors import CallError, CallTypeError, StoreError
 from dfx.grid import PatchGrid
 from dfx.plan import BlockWork, Head, Options, Plan, head_names
@@ -59,11 +60,14 @@ def features(
     """Give a grid's features as a lazy array (N, D): row i belongs to `grid.coordinates[i]`.
 
     `encoder`: what `load_encoder` takes or gives. A module is handed to the workers of the current
-    Dask client now. Raises as `load_encoder` does, and `SlideError` when the slide is no picture.
+    Dask client now. Warns where patches are far from the resolution that a named encoder was trained
+    at. Raises as `load_encoder` does, and `SlideError` when the slide is no picture.
     """
     options = Options(block_size=block_size, batch_size=batch_size, device=device, reading=reading)
     spec = load_encoder(encoder)
     plan = make_plan(slide, grid, [spec], options)
+    if spec.named and (unusual := unusual_mpp(spec.name, plan.mpp)):
+        warnings.warn(f"{slide.url}: {unusual}", UserWarning, stacklevel=2)
     cluster.share(spec)
     return lazy_features(plan)
 

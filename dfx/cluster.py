@@ -104,7 +104,7 @@ def share(encoder: EncoderSpec, client: distributed.Client | None = None) -> Non
     Needless for named encoders, which workers build themselves, and for workers in this process.
     """
     client = client or current_client()
-    if client is None or encoder.kind == "timm" or client.scheduler is None:
+    if client is None or encoder.named or client.scheduler is None:
         return
     handed = _handed.setdefault(client, set())
     if client.scheduler.address.startswith("inproc://") or encoder.key in handed:

@@ -138,6 +138,19 @@ class Plan:
         return [part.astype(head.dtype, copy=False) for part, head in zip(parts, self.heads, strict=True)]
 
     @property
+    def mpp(self) -> float | None:
+        """About how many microns a pixel of the patches has; None where the slide does not say.
+
+        10 / objective power where that is all it says: near enough for a warning, and for nothing else.
+        """
+        mpp = self.slide.mpp or (None if self.slide.power is None else (10 / self.slide.power,) * 2)
+        if mpp is None:
+            return None
+        grid = self.grid
+        scale = (size / pixels for size, pixels in zip(grid.shape_yx[::-1], grid.pixels_yx[::-1], strict=True))
+        return sum(one * factor * by for one, factor, by in zip(mpp, grid.view.to_baseline, scale, strict=True)) / 2
+
+    @property
     def blocks(self) -> int:
         """How many blocks there are."""
         return -(-len(self.grid) // self.options.block_size)
@@ -169,7 +182,7 @@ class Plan:
             return Needs()
         origins = self.grid.origins(self.grid.steps_xy[: self.batch])
         pixels = math.prod(self.grid.pixels_yx)
-        sizes = [math.prod(head.encoder.input_size or self.grid.pixels_yx) for head in self.heads]
+        sizes = [math.prod(h.encoder.resize or h.encoder.input_size or self.grid.pixels_yx) for h in self.heads]
         resized = max((size for size in sizes if size != pixels), default=0)
         activations = max((head.activations for head in self.heads), default=0)
         level = self.slide.levels[self.grid.view.level]

@@ -18,12 +18,21 @@ def run(args: argparse.Namespace) -> int:
     """List the named encoders."""
     from dfx.encoders import list_encoders
 
-    print(f"{'name':<30} {'dim':>5} {'input':>9} {'mpp':>5}  {'pooling':<9} {'precision':<10} {'license':<13} source")
+    rows = [("name", "dim", "input", "mpp", "pooling", "precision", "license", "gated", "source")]
     for c in list_encoders():
         size = f"{c.input_size[0]} x {c.input_size[1]}"
-        print(
-            f"{c.name:<30} {c.dim:>5} {size:>9} {'any' if c.mpp is None else c.mpp:>5}  "
-            f"{c.pooling:<9} {c.precision:<10} {c.license:<13} {c.source}{' (gated)' if c.gated else ''}"
+        mpp = (
+            "any"
+            if c.mpp is None
+            else f"{c.mpp:g}"
+            if c.mpp_range is None
+            else "-".join(map("{:g}".format, c.mpp_range))
         )
-    print("Every other timm model name works too, and any torch.nn.Module from Python.")
+        gated = "yes" if c.gated else "no"
+        rows.append((c.name, str(c.dim), size, mpp, c.pooling, c.precision, c.license, gated, c.source))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("Names are found whatever their case, '-' and '_'. Every other timm model name works too,")
+    print("and any torch.nn.Module from Python.")
     return DONE

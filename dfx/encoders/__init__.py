@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dfx.encoders.cards import Card, list_encoders
+from dfx.encoders.cards import Card, list_encoders, unusual_mpp
 from dfx.encoders.spec import EncoderSpec, Triple
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import whole_pair
@@ -31,6 +31,7 @@ __all__ = [
     "list_encoders",
     "load_encoder",
     "output",
+    "unusual_mpp",
 ]
 
 
@@ -44,30 +45,45 @@ def load_encoder(
     pooling: str | None = None,
     precision: str | None = None,
     compile: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> EncoderSpec:
     """Describe an encoder so that any worker can build it.
 
-    `encoder`: the name of a timm model, or a `torch.nn.Module`. `weights` of a named one: None for
-    its published weights, a local `.safetensors` or state-dict file, or "random" for none. A module
-    gets float32 NCHW RGB in [0, 1], less `mean` and divided by `std` where given, patches as they
+    `encoder`: a name of `list_encoders()` (whatever its case, `-` and `_`) or of timm, or a `torch.nn.Module`.
+
+    `weights` of a named one: a local file (`.safetensors` or a state dict) or the folder of its repository, "random"
+    for none, or None: what the folder of the environment's DFX_WEIGHTS has under its name (`uni.safetensors`, `.pt`,
+    `.pth`, `.bin`, or a folder `phikon/`), else the published ones, at `revision` where given. Code of a repository
+    runs only with `trust_remote_code=True` and a `revision` that is a commit (or `weights`, a folder); its digest is
+    part of the weights', so workers run the same.
+
+    A module gets float32 NCHW RGB in [0, 1], less `mean` and divided by `std` where given, patches as they
     are unless `input_size` is given; one with TIAToolbox's `infer_batch` is honoured as it is.
     `pooling` ("cls", "mean", "cls+mean") makes a vector of tokens or maps. The module is copied as
-    it is now, and is itself left untouched. `compile`: workers run it through `torch.compile`. Raises
-    `EncoderError` for an unknown name, weights that are missing, unreadable or of another
+    it is now, and is itself left untouched. `compile`: workers run it through `torch.compile`.
+
+    `precision`: in which the network computes, on any device. None: as its card says on a GPU (autocast; features are
+    float32 all the same), float32 on a CPU. A store names both, so a run may go on on the other device: features of
+    one encoder are equal to within the lesser of the two.
+
+    Raises `EncoderError` for an unknown name, weights that are missing, gated, unreadable or of another
     architecture; `CallTypeError` for what is no encoder.
     """
     if isinstance(encoder, EncoderSpec):
         if weights is not None:
             raise CallError(f"encoder {encoder.name} is loaded already: give weights= to load_encoder, not here.")
         return encoder
+    if revision is not None and not (isinstance(encoder, str) and weights is None):
+        raise CallError("revision= is of published weights: give it with a name, and without weights=.")
     if input_size is not None:
         input_size = whole_pair(input_size, "input_size")
     if weights is not None and not isinstance(weights, str | Path):
         raise CallTypeError(f"weights must be a path, 'random' or None, not {type(weights).__name__}.")
     if isinstance(encoder, str):
-        from dfx.encoders import modules
+        from dfx.encoders import modules, named
 
-        spec = modules.timm_spec(encoder, weights)
+        spec = named.named_spec(encoder, weights, trusted=bool(trust_remote_code), revision=revision)
     else:
         spec = _module_spec(encoder, weights)
     spec = spec.with_options(
@@ -84,7 +100,7 @@ def _module_spec(module: Any, weights: str | Path | None) -> EncoderSpec:
     torch = sys.modules.get("torch")  # a module can't exist before torch is imported
     if torch is None or not isinstance(module, torch.nn.Module):
         raise CallTypeError(f"an encoder is a name or a torch.nn.Module, not {type(module).__name__}.")
-    from dfx.encoders import modules
+    from dfx.encoders import hub, modules
     from dfx.encoders import weights as files
 
     if weights is None:
@@ -92,7 +108,8 @@ def _module_spec(module: Any, weights: str | Path | None) -> EncoderSpec:
     if weights == "random":
         raise CallError("weights='random' is for named encoders: a module has its weights already.")
     spec = modules.module_spec(module)
-    files.load_into(spec.module, files.weights_file(weights), type(module).__name__)
+    name = type(module).__name__
+    files.load_into(spec.module, hub.given(hub.Wanted(name, (hub.FILES,), None), weights), name)
     return modules.module_spec(spec.module)
 
 

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dfx.encoders.modules import module_of, timm_model
+from dfx.encoders import named
+from dfx.encoders.modules import module_of
 from dfx.encoders.outputs import pool, rows_of, to_numpy
 from dfx.encoders.prepare import Prepare
 from dfx.encoders.spec import EncoderSpec, Kept
@@ -71,25 +72,25 @@ class Probe(NamedTuple):
 def probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> Probe:
     """Try a network on two black patches of a shape.
 
-    A named network is probed without memory or weights (torch's meta device). A process probes once.
+    A network that a library knows by name is probed without memory or weights. A process probes once.
     """
     return PROBES.get((spec, shape_yx, channels), lambda: _probe(replace(spec, compiled=False), shape_yx, channels))
 
 
 def _probe(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int) -> Probe:
     largest = [0]
-    if spec.kind == "timm":
-        with torch.device("meta"):
-            module = timm_model(spec)
-            with torch.inference_mode(), watched(module, largest):
-                size = spec.input_size or shape_yx
-                out = module(torch.empty(2, 3, *size))
+    module = named.outline(spec) if spec.named else None
+    if module is not None:
+        with torch.inference_mode(), watched(module, largest):
+            out = module(torch.empty(2, 3, *(spec.input_size or shape_yx), device="meta"))
         dim, dtype = int(pool(out, spec, 2).shape[1]), "float32"
     else:
         module = module_of(spec)
         with watched(module, largest):
             rows = network(spec, "cpu")(np.zeros((2, *shape_yx, channels), np.uint8), batch_size=2)
         dim, dtype = rows.shape[1], str(rows.dtype)
+    if spec.named:
+        named.check_width(spec, dim)
     weights = sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
     return Probe(dim, dtype, weights, max(largest) // 2)
 
@@ -141,6 +142,7 @@ class Network:
         self.spec = spec
         self.device = device
         self.module = module
+        self.precision = spec.cpu_precision if device.type == "cpu" else spec.precision
         if device.type != "cpu":
             self.module = copy.deepcopy(module).to(device).to(memory_format=torch.channels_last)
         if spec.compiled:
@@ -176,14 +178,14 @@ class Network:
         x = self._prepare(batch)
         with self._lock, torch_threads(threads if self.device.type == "cpu" else None), self._autocast():
             out = pool(self.module(x), self.spec, len(batch))
-            found = to_numpy(out if self.spec.kind == "module" and self.spec.precision == "float32" else out.float())
+            found = to_numpy(out if self.spec.kind == "module" and self.precision == "float32" else out.float())
         # A module that gives part of what it was given would see its features change with the next batch.
         return found.copy() if self.device.type == "cpu" and np.may_share_memory(found, x.numpy()) else found
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.spec.precision == "float32":
+        if self.precision == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.spec.precision))
+        return torch.autocast(self.device.type, getattr(torch, self.precision))
 
     def _honour(self, batch: NDArray[np.uint8], threads: int | None) -> NDArray[np.floating[Any]]:
         """Run a TIAToolbox model as that package does: `preproc_func` a patch, `infer_batch` a batch of NHWC."""

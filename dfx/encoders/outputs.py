@@ -36,12 +36,12 @@ def rows_of(out: Any, n: int, name: str) -> torch.Tensor:
 
 def pool(out: Any, spec: EncoderSpec, n: int) -> torch.Tensor:
     """Turn a network's output into (N, D); raises `EncoderError` where that would be a guess."""
-    if isinstance(out, torch.Tensor) and out.ndim == 3 and spec.pooling and spec.kind != "timm":
+    if isinstance(out, torch.Tensor) and out.ndim == 3 and spec.pooling and not spec.named:
         cls, mean = out[:, 0], out[:, 1:].mean(1)
         out = {"cls": cls, "mean": out.mean(1), "cls+mean": torch.cat([cls, mean], 1)}[spec.pooling]
     elif isinstance(out, torch.Tensor) and out.ndim == 4 and spec.pooling == "mean":
         out = out.mean((2, 3))
-    elif isinstance(out, torch.Tensor) and out.ndim == 2 and spec.pooling and spec.kind != "timm":
+    elif isinstance(out, torch.Tensor) and out.ndim == 2 and spec.pooling and not spec.named:
         raise EncoderError(f"encoder {spec.name} gives (N, D) itself: leave out pooling={spec.pooling!r}.")
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or out.shape[0] != n:
         found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from dfx.encoders.spec import EncoderSpec, Triple
 
 _thread = threading.local()
+T = TypeVar("T", torch.Tensor, NDArray[np.uint8])
 
 
 class Prepare:
@@ -23,7 +25,8 @@ class Prepare:
     """
 
     def __init__(self, spec: EncoderSpec, device: torch.device) -> None:
-        self._size = spec.input_size
+        self._size = spec.resize or spec.input_size
+        self._crop = spec.input_size if spec.resize else None
         self._interpolation = spec.interpolation
         self._device = device
         self._mean = self._colours(spec.mean)
@@ -40,6 +43,8 @@ class Prepare:
     def __call__(self, patches: NDArray[np.uint8]) -> torch.Tensor:
         """Prepare uint8 patches (N, rows, columns, 3)."""
         resized = self._size is not None and patches.shape[1:3] != self._size
+        if self._crop and not resized:  # what is cut off needs no more work
+            patches = middle(patches, self._crop, axis=1)
         if self._device.type == "cpu":
             x = looked_up(patches, self._unit_table if resized else self._table)
             return self._normalised(self._resized(x)) if resized else x
@@ -57,12 +62,20 @@ class Prepare:
         return self._normalised(self._resized(x) if resized else x)
 
     def _resized(self, x: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(x, self._size, mode=self._interpolation, antialias=True).clamp_(0, 1)
+        x = F.interpolate(x, self._size, mode=self._interpolation, antialias=True).clamp_(0, 1)
+        return middle(x, self._crop, axis=2) if self._crop else x
 
     def _normalised(self, x: torch.Tensor) -> torch.Tensor:
         if self._mean is not None:
             x = x.sub_(self._mean)
         return x if self._std is None else x.div_(self._std)
+
+
+def middle(x: T, size: tuple[int, int], axis: int) -> T:
+    """Cut the middle out of images whose rows are at `axis`, as torchvision's CenterCrop does."""
+    tops = [round((whole - part) / 2) for whole, part in zip(x.shape[axis : axis + 2], size, strict=True)]
+    inside = (slice(None),) * axis + tuple(slice(top, top + part) for top, part in zip(tops, size, strict=True))
+    return x[inside]
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream:

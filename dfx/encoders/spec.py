@@ -12,9 +12,12 @@ from dfx.errors import CallError
 
 Precision: TypeAlias = Literal["float32", "float16", "bfloat16"]
 Pooling: TypeAlias = Literal["cls", "mean", "cls+mean"]
+Library: TypeAlias = Literal["timm", "transformers", "open_clip", "conch", "musk", "keep"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16")
 POOLINGS: tuple[Pooling, ...] = ("cls", "mean", "cls+mean")
 Triple: TypeAlias = tuple[float, float, float]
+FIXED: tuple[Library, ...] = ("open_clip", "conch", "musk", "keep")
+"""Networks that end in a projection of their own."""
 
 
 @dataclass(frozen=True)
@@ -23,26 +26,32 @@ class EncoderSpec:
 
     name: str
     """Its name, or the class of a module."""
-    kind: Literal["timm", "module", "tiatoolbox"]
-    """A timm model by name, a given torch module, or a module with TIAToolbox's `infer_batch`."""
+    kind: Library | Literal["module", "tiatoolbox"]
+    """What builds a named one; or a given torch module, or a module with TIAToolbox's `infer_batch`."""
     weights: str
-    """"random", "given" with a module, a local file, or `hub:<repository>/<file>`."""
+    """"random", "given" with a module, a local file or folder, or `hub:<repository>`, with `@<revision>`."""
     weights_digest: str
-    """SHA-256 of the weights' file, or of a given module's parameters."""
+    """SHA-256 of the weights' file or folder, or of a given module's parameters."""
     mean: Triple | None = None
     """Subtracted from RGB in [0, 1]; None: nothing is."""
     std: Triple | None = None
     """Divides what is left; None: nothing does."""
     input_size: tuple[int, int] | None = None
     """(rows, columns) to which patches of other sizes are resized; None: patches as they are."""
+    resize: tuple[int, int] | None = None
+    """(rows, columns) of patches before `input_size` is cut out of their middle; None: nothing is cut off."""
     interpolation: str = "bicubic"
     """How they are resized (antialiased)."""
     pooling: Pooling | None = None
     """How tokens or maps become a vector; None: the network gives (N, D) itself."""
     precision: Precision = "float32"
-    """In which the network computes."""
+    """In which the network computes on a GPU, weights and sums in float32 all the same (autocast)."""
+    cpu_precision: Precision = "float32"
+    """In which it computes on a CPU, where less than float32 is mostly slower."""
     compiled: bool = False
     """Whether torch compiles it on the workers."""
+    trusted: bool = False
+    """Whether code of its repository may run."""
     token: str = ""
     """Tells given modules apart that seem equal."""
     module: Any = field(default=None, repr=False, compare=False)
@@ -53,6 +62,11 @@ class EncoderSpec:
         """Under which a process keeps the network: all that its layers depend on."""
         size = "x".join(map(str, self.input_size or ()))
         return f"{self.name}-{self.weights_digest[:16]}-{size}-{self.pooling}-{self.token}"
+
+    @property
+    def named(self) -> bool:
+        """Whether any process can build it, from its name and weights."""
+        return self.kind not in ("module", "tiatoolbox")
 
     def values(self) -> tuple[Any, ...]:
         """Its fields but the module, in order."""
@@ -73,9 +87,11 @@ class EncoderSpec:
             "mean",
             "std",
             "input_size",
+            "resize",
             "interpolation",
             "pooling",
             "precision",
+            "cpu_precision",
             "compiled",
         )
         found = {name: getattr(self, name) for name in fields}
@@ -96,10 +112,8 @@ class EncoderSpec:
             raise CallError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}.")
         if pooling is not None and pooling not in POOLINGS:
             raise CallError(f"pooling must be one of {', '.join(POOLINGS)} or None, not {pooling!r}.")
-        if self.kind == "timm" and pooling == "cls+mean":
-            raise CallError(
-                "pooling='cls+mean' is for modules that give tokens; a named encoder takes 'cls' or 'mean'."
-            )
+        if self.kind in FIXED and pooling is not None:
+            raise CallError(f"{self.name} pools as it was trained to: leave out pooling={pooling!r}.")
         given_any = any(v is not None for v in (mean, std, input_size, pooling, precision)) or compile
         if self.kind == "tiatoolbox" and given_any:
             raise CallError(
@@ -112,9 +126,11 @@ class EncoderSpec:
             "input_size": input_size,
             "pooling": pooling,
             "precision": precision,
+            "cpu_precision": precision,
             "compiled": True if compile else None,
         }
-        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        spec = self if input_size is None else replace(self, resize=None)
+        return replace(spec, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def triple(value: Any, name: str) -> Triple | None:

@@ -1,14 +1,12 @@
-"""Weights: found, hashed, read without unpickling anything, and held against the network."""
+"""Weights files: hashed, read without unpickling anything, and held against the network."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import nn
@@ -25,64 +23,6 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_file(path: str | Path) -> Path:
-    """Give a weights path made absolute; raises `EncoderError` when there is no such file."""
-    found = Path(os.path.expanduser(path)).absolute()  # noqa: PTH111  # which leaves an unknown user's ~ alone
-    if not found.is_file():
-        raise EncoderError(
-            f"weights {found} are not a file: give a .safetensors file or a state dict (.pt, .pth, .bin)."
-        )
-    return found
-
-
-def hub_file(repository: str, name: str) -> Path:
-    """Give a file of a Hugging Face repository from this machine's cache, else download it.
-
-    Raises `EncoderError` that names the file when it is neither here nor in reach.
-    """
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    remedy = (
-        f"weights of '{name}' need the file model.safetensors of {constants.ENDPOINT}/{repository}; "
-        "download it where there is a network and pass weights=PATH (--weights PATH), "
-        "or pass weights='random' to run the network untrained"
-    )
-    failure: Exception | None = None
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, file, local_files_only=True))
-        except errors.LocalEntryNotFoundError:
-            pass
-    reason = unreachable(constants.ENDPOINT)
-    if reason:
-        raise EncoderError(f"{constants.ENDPOINT} can't be reached ({reason}): {remedy}.")
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            return Path(huggingface_hub.hf_hub_download(repository, file))
-        except errors.GatedRepoError as e:
-            raise EncoderError(
-                f"the weights of '{name}' are gated: accept their terms at {constants.ENDPOINT}/{repository} "
-                "and run `hf auth login`; or pass weights=PATH."
-            ) from e
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as e:
-            failure = e
-    raise EncoderError(f"{repository} could not be downloaded ({failure}): {remedy}.") from failure
-
-
-def unreachable(endpoint: str) -> str:
-    """Say why a host can't be reached, at once where its name has no address; else ''."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set"
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return ""
-    try:
-        socket.getaddrinfo(urlsplit(endpoint).hostname, 443)
-    except OSError as e:
-        return str(e)
-    return ""
-
-
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict from safetensors, or from torch's format with `weights_only=True`.
 
@@ -94,7 +34,9 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
             found: Any = load_file(path)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            # DINO's training scripts save their arguments beside the weights: attributes, and no code.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # both readers raise many kinds
         raise EncoderError(
             f"weights {path} can't be read as {'safetensors' if path.suffix == '.safetensors' else 'a state dict'} "
@@ -115,9 +57,14 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return dict(found)
 
 
-def load_into(module: nn.Module, path: Path, name: str) -> None:
-    """Load a file into a network; every parameter must get a value, and only a classifier's may be left over."""
+def load_into(module: nn.Module, path: Path, name: str, *, prefix: str = "") -> None:
+    """Load a file into a network; every parameter must get a value, and only a classifier's may be left over.
+
+    `prefix`: where any name in the file begins with it, those that do are the network's, and others are not.
+    """
     state = read_state_dict(path)
+    if prefix and any(key.startswith(prefix) for key in state):
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     convert = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
     heads = tuple(f"{head}." for head in classifiers(module))
     try:

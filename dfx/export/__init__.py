@@ -14,6 +14,7 @@ from dfx.export.h5 import clam, stamp, trident
 from dfx.export.output import Output, Pool
 from dfx.export.source import Source
 from dfx.export.tables import anndata, spatialdata
+from dfx.remote import is_remote, shown
 from dfx.store import check_folder, statuses
 
 __all__ = ["FORMATS", "POOLS", "Format", "Pool", "export"]
@@ -62,7 +63,8 @@ def export(
         raise CallError(f"features are exported to {', '.join(FORMATS)}, not to {to!r}.")
     if pool is not None and (to != "trident" or pool not in POOLS):
         raise CallError(f"pool is {' or '.join(POOLS)} of a trident export, not {pool!r} of {to}.")
-    folder = check_folder(out)
+    folder = on_disk(out)
+    check_folder(folder)
     outputs: dict[Path, Output] = {}
     for path in find(stores):
         for output in LAYOUTS[to](Source(path, encoder, pool)):
@@ -90,19 +92,26 @@ def find(stores: str | Path | Sequence[str | Path]) -> list[Path]:
     if not given:
         raise CallError("there is no store to export: give the <name>.zarr of a run, or its folder.")
     found: list[Path] = []
-    for path in map(Path, given):
+    for path in map(on_disk, given):
         if (path / "zarr.json").exists() or not path.is_dir():
             found.append(path)
             continue
         inside = [status for status in statuses(path) if status.state != "foreign"]
-        complete = [status.path for status in inside if status.state == "complete"]
+        complete = [path / status.name for status in inside if status.state == "complete"]
         if not complete:
             raise StoreError(f"{path} has no complete store: `dfx status {path}` says how far they are.")
         found += complete
         if len(complete) < len(inside):
-            left = ", ".join(status.path.name for status in inside if status.state != "complete")
+            left = ", ".join(status.name for status in inside if status.state != "complete")
             warnings.warn(f"not complete, so not exported: {left} of {path}.", UserWarning, stacklevel=3)
-    return list(dict.fromkeys(path.absolute() for path in found))
+    return list(dict.fromkeys(found))
+
+
+def on_disk(path: str | Path) -> Path:
+    """Give a path made absolute; raises `StoreError` for a URL."""
+    if is_remote(path):
+        raise StoreError(f"{shown(str(path))} is not on a mounted disk, where files are exported from and to: copy it.")
+    return Path(path).expanduser().absolute()
 
 
 def put(output: Output, place: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import distributed
 
 from dfx import cluster, memory
-from dfx.encoders import EncoderSpec
+from dfx.encoders import EncoderSpec, unusual_mpp
 from dfx.errors import DfxError, RunError
 from dfx.plan import Options
 from dfx.run.driver import Driver
@@ -122,7 +122,14 @@ def run_slides(
         for item in items
     )
     outputs: dict[Any, Any] = {}
+    warned: set[str] = set()
     for event in Driver(client, requests, keeps=keeps, cache=place_of_item, timeout=block_timeout).events():
+        if isinstance(event, Planned):
+            for encoder in encoders:
+                unusual = "" if encoder.name in warned or not encoder.named else unusual_mpp(encoder.name, event.mpp)
+                if unusual:  # once a run, with the first slide that it is so of
+                    warned.add(encoder.name)
+                    warnings.warn(f"{event.item.address}: {unusual}", UserWarning, stacklevel=2)
         if isinstance(event, Planned) and not event.patches:
             address = event.item.address
             warnings.warn(f"{address} has no patch under its mask: its features are empty.", UserWarning, stacklevel=2)

@@ -66,6 +66,8 @@ class Planned:
     """The store where blocks are written; None: they are given."""
     coordinates: NDArray[np.int64] | None = None
     """Of the patches, where there is no store."""
+    mpp: float | None = None
+    """About how many microns a pixel of the patches has; None: unknown."""
 
     def rows(self, block: int) -> slice:
         """The rows of a block."""
@@ -132,6 +134,7 @@ class Request:
             projected=plan.projected(threads),
             place=self.place,
             coordinates=coordinates,
+            mpp=plan.mpp,
         )
 
     def plan(self) -> Plan:
