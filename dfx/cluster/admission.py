@@ -103,8 +103,12 @@ async def _device_of_worker(device: str) -> str | EncoderError:
 
 
 def _common(device: str, found: Mapping[str, object]) -> str:
-    """Give the device that all workers have; raises `CallError`. A worker that died meanwhile gives an OSError."""
-    lacking = {address: str(said) for address, said in found.items() if isinstance(said, EncoderError)}
+    """Give the device that all workers have; raises `CallError`."""
+    lacking = {
+        address: str(said)
+        for address, said in found.items()
+        if isinstance(said, Exception) and not isinstance(said, OSError)  # it died meanwhile
+    }
     _refuse("lack what was asked for", lacking, "start them with it, or ask for another device")
     kinds = {address: said for address, said in found.items() if isinstance(said, str)}
     if len(set(kinds.values())) > 1:

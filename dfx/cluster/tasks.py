@@ -13,8 +13,8 @@ from dfx.cluster.connecting import current_client
 from dfx.encoders import EncoderSpec
 from dfx.encoders.spec import SHARED
 
-_handed: weakref.WeakKeyDictionary[distributed.Client, set[str]] = weakref.WeakKeyDictionary()
-"""What each client's scheduler has, so that a large module is pickled once."""
+_handed: weakref.WeakKeyDictionary[distributed.Client, set[tuple[str, str]]] = weakref.WeakKeyDictionary()
+"""Which of each client's schedulers has what, so that a large module is pickled once."""
 
 
 class Handed(distributed.WorkerPlugin):  # type: ignore[misc]
@@ -44,13 +44,16 @@ def share(encoder: EncoderSpec, client: distributed.Client | None = None) -> Non
     client = client or current_client()
     if client is None or encoder.kind == "timm" or client.scheduler is None:
         return
+    if client.scheduler.address.startswith("inproc://"):
+        return
     handed = _handed.setdefault(client, set())
-    if client.scheduler.address.startswith("inproc://") or encoder.key in handed:
+    this = (client.scheduler_info(n_workers=0)["id"], encoder.key)  # a client may have found another scheduler
+    if this in handed:
         return
     from dfx.encoders.modules import pickle_module
 
     client.register_plugin(Handed(encoder.key, pickle_module(encoder)))
-    handed.add(encoder.key)
+    handed.add(this)
 
 
 def task_threads() -> int | None:
