@@ -10,51 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import distributed
 import psutil
 import pytest
+from clusters import dask, scheduler
 
 from dfx import cluster, pin
 from dfx.errors import CallError, CallTypeError
 
 UUIDS = ["GPU-8f6f7b1c-0000-0000-0000-000000000001", "MIG-8f6f7b1c-0000-0000-0000-000000000002"]
-FAST = {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "15s"}
-
-
-@contextmanager
-def dask(*args: object, env: Mapping[str, str] = {}, log: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Run `dask scheduler` or `dask worker`, and end it with all that it started."""
-    line = [sys.executable, "-m", "dask", *map(str, args)]
-    with (log or Path(os.devnull)).open("a") as out:
-        process = subprocess.Popen(line, env=os.environ | FAST | env, stdout=out, stderr=out, text=True)
-    try:
-        yield process
-    finally:
-        end(process)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-@contextmanager
-def scheduler(folder: Path, *args: object, env: Mapping[str, str] = {}) -> Iterator[str]:
-    """Run a scheduler on loopback, and give its address."""
-    file = folder / "scheduler.json"
-    listening = ("--host", "127.0.0.1", "--port", 0, "--dashboard-address", "127.0.0.1:0", "--scheduler-file", file)
-    with dask("scheduler", *listening, *args, env=env, log=folder / "scheduler.log"):
-        yield distributed.utils.json_load_robust(str(file), timeout=60)["address"]
 
 
 def pins(client: distributed.Client) -> dict[str, str | None]:

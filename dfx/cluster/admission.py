@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import distributed
+from distributed.core import Status
 from distributed.versions import get_versions
 
 from dfx.encoders import device_here
 from dfx.errors import CallError, EncoderError
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("dfx", "cloudpickle", "dask", "distributed", "imagecodecs", "numpy", "timm", "torch", "zarr")
 """That decide what pickles and protocols mean, or what features are."""
@@ -42,7 +46,7 @@ def admitted(client: distributed.Client, device: str) -> Iterator[str]:
     differing["the scheduler"] = difference({name: here[name] for name in SCHEDULER}, scheduler)
     _refuse("differ from this process", differing, "use one environment or image for all")
     device = _common(device, client.run(_device_of_worker, device, on_error="return"))
-    plugin = Admission(f"dfx-admission-{uuid.uuid4().hex}", here, device)
+    plugin = Admission(here, device)
     client.register_plugin(plugin)
     try:
         yield device
@@ -67,28 +71,32 @@ def difference(here: Versions, there: Versions) -> str:
 
 
 class Admission(distributed.WorkerPlugin):  # type: ignore[misc]
-    """Keeps a worker that doesn't fit from joining.
+    """Has a worker that doesn't fit leave as it joins, with an error in its log, before it runs any task.
 
-    What a plugin's `setup` raises Dask only logs, and uses the worker. What unpickling it raises ends the worker's
-    start, with that error in its log, before it has any task; a launcher may start it again, to the same end.
+    A launcher may start it again, to the same end. Raising would not do: Dask logs that, and uses the worker.
     """
 
-    def __init__(self, name: str, expected: Versions, device: str) -> None:
-        self.name = name
+    def __init__(self, expected: Versions, device: str) -> None:
+        self.name = f"dfx-admission-{uuid.uuid4().hex}"  # one a run
         self.expected = expected
         self.device = device
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return admit, (self.name, dict(self.expected), self.device)
+    async def setup(self, worker: distributed.Worker) -> None:
+        """Look at the worker's process."""
+        try:
+            differing = difference(self.expected, versions(get_versions(PACKAGES)["packages"]))
+            _refuse("differ from the run's client", {worker.address: differing}, "use one environment or image for all")
+            if self.device not in ("auto", "cpu"):  # else torch need not be imported yet
+                _common(self.device, {worker.address: await _device_of_worker(self.device)})
+        except CallError as e:
+            log.error("%s", e)
+            worker.status = Status.closing_gracefully  # the scheduler sends no more, and what it sent does not start
+            worker.loop.add_callback(self._leave, worker, str(e))
 
-
-def admit(name: str, expected: Versions, device: str) -> Admission:
-    """Give the plugin on a worker that fits; raises `CallError` on one that doesn't."""
-    differing = difference(expected, versions(get_versions(PACKAGES)["packages"]))
-    _refuse("differ from the run's client", {"this worker": differing}, "use one environment or image for all")
-    if device not in ("auto", "cpu"):  # elsewhere torch need not be imported now, on the event loop
-        _common(device, {"this worker": _device(device)})
-    return Admission(name, expected, device)
+    @staticmethod
+    async def _leave(worker: distributed.Worker, reason: str) -> None:
+        await worker  # before both have started, worker and nanny would wait for each other
+        await worker.close(reason=reason)
 
 
 def _device(device: str) -> str | EncoderError:
