@@ -262,7 +262,8 @@ def test_what_a_retired_worker_held_is_not_computed_again(tmp_path: Path) -> Non
                 return n * n
 
             results = client.map(noted, range(20))
-            distributed.wait(results)
+            with client.as_current():
+                distributed.wait(results)
             held = client.has_what()
             assert all(held.values())
             pod = {"DASK_SCHEDULER_ADDRESS": address, "DASK_WORKER_NAME": "group-worker-1"}

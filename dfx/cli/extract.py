@@ -14,8 +14,6 @@ from dfx.cli.codes import DONE
 from dfx.errors import CallError, ClusterLost
 
 if TYPE_CHECKING:
-    from distributed import Client
-
     from dfx.run import Event
 
 
@@ -156,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     return DONE
 
 
-def persist(connect: Callable[[], Client], attempt: Callable[..., Any], notify: Callable[[Event], None]) -> Any:
+def persist(connect: Callable[[], Any], attempt: Callable[..., Any], notify: Callable[[Event], None]) -> Any:
     """Run on a cluster, and when it is lost on the next that answers, where it resumes; give up without progress."""
     from dfx.run import BlockDone, SlideDone
 
