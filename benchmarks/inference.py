@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from dask.system import CPU_COUNT
 from safetensors.torch import save_file
 
 import dfx
 from benchmarks.peers import Peer
-from dfx import cluster
 from dfx.cluster import embedded
 from dfx.plan import Options
 from dfx.run import GridOptions, Item, run_slides
@@ -26,7 +26,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def bare(module: torch.nn.Module, batches: list[torch.Tensor]) -> float:
     """Patches a second of a network over batches in memory, in the better layout, on every core."""
-    torch.set_num_threads(cluster.CPU_COUNT)
+    torch.set_num_threads(CPU_COUNT)
     best = 0.0
     for layout in (torch.contiguous_format, torch.channels_last):
         laid = [batch.contiguous(memory_format=layout) for batch in batches]

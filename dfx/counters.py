@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from dfx.errors import CallError
 from dfx.run import BlockDone, Event, Planned, SlideDone, SlideFailed, Throttled, Timed
 
 HELP = {
@@ -60,3 +64,37 @@ class Counters:
                 found = {"": 0}
             lines += [f"{name}{labels} {value:g}" for labels, value in sorted(found.items())]
         return "\n".join(lines) + "\n"
+
+
+@contextmanager
+def serve(counters: Counters, port: int) -> Iterator[int]:
+    """Serve counters at http://HOST:port/metrics on every interface until the block ends; gives the port (0: any free).
+
+    Raises `CallError` when it can't be had.
+    """
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] != "/metrics":
+                self.send_error(404)
+                return
+            body = counters.text().encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing of every scrape."""
+
+    try:
+        server = ThreadingHTTPServer(("", port), Handler)
+    except (OSError, OverflowError) as e:
+        raise CallError(f"counters can't be served at port {port} ({e}): choose another --metrics-port.") from e
+    with server:
+        threading.Thread(target=server.serve_forever, name="dfx-metrics", daemon=True).start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()

@@ -73,3 +73,7 @@ class RunError(DfxError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class ClusterLost(RunError):
+    """A cluster that can't be reached, went away or can't work; what is written stays, running again resumes."""

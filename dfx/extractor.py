@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -210,7 +212,10 @@ class DeepFeatureExtractor:
             if store.exists() and store.children() and not overwrite:
                 raise CallError(f"{store} exists: pass overwrite=True to replace it, or another output_file=.")
         heads = make_heads(self.encoders, patches.shape_yx, patches.channels)
-        features = [loose.encode_all(patches, head, options, client or cluster.current_client()) for head in heads]
+        running = client or cluster.current_client()
+        with cluster.admitted(running, options.device) if running else nullcontext(options.device) as device:
+            same = replace(options, device=device)
+            features = [loose.encode_all(patches, head, same, running) for head in heads]
         if store is not None:
             return write_patch_mode(store, heads, features, plain, options.block_size)
         names = [head.name for head in heads]

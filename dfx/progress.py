@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from types import TracebackType
 
 from tqdm import tqdm
@@ -16,6 +17,7 @@ class ProgressBar:
     def __init__(self, slides: int, *, show: bool) -> None:
         self._slides = slides
         self._done = self._failed = 0
+        self._seconds: Counter[str] = Counter()
         self._bar = tqdm(total=0, unit="patch", disable=not show, desc=self._text())
 
     def _text(self) -> str:
@@ -38,8 +40,9 @@ class ProgressBar:
         elif isinstance(event, Throttled):
             self._say(event.reason)
         elif isinstance(event, Timed):
-            if event.seconds:
-                told = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in event.seconds.items())
+            self._seconds.update(event.seconds)
+            if self._seconds:
+                told = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self._seconds.items())
                 self._bar.set_postfix_str(f"workers: {told}")
         else:
             self._done += isinstance(event, SlideDone)

@@ -24,6 +24,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
     ["plan"],
     ["memory"],
     ["kernel"],
+    ["pin"],
     ["cluster"],
     ["store"],
     ["arrays", "loose"],

@@ -9,26 +9,30 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from dfx.cli import demo, encoders, export, extract, info, show, status
-from dfx.cli.codes import BAD_CALL, DONE, FAILURES, INTERRUPTED
-from dfx.errors import DfxError, RunError
+from dfx.cli import demo, encoders, export, extract, info, show, status, worker_retire
+from dfx.cli.codes import BAD_CALL, DONE, FAILURES, INTERRUPTED, TRY_AGAIN
+from dfx.cli.signals import Terminated, terminable
+from dfx.errors import ClusterLost, DfxError, RunError
 
-__all__ = ["BAD_CALL", "DONE", "FAILURES", "INTERRUPTED", "main", "parser"]
+__all__ = ["BAD_CALL", "DONE", "FAILURES", "INTERRUPTED", "TRY_AGAIN", "main", "parser"]
 
-COMMANDS = (extract, info, status, encoders, show, export, demo)
+COMMANDS = (extract, info, status, encoders, show, export, demo, worker_retire)
 """In the order of `dfx --help`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; gives the exit code: 0 done, 1 some slides failed, 2 can't be done as asked."""
+    """Run a command; gives the exit code, see `codes`."""
     # What matters of a header, a task or a slide is said once, by the command itself.
     for name in ("tifffile", "distributed", "dfx"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     args = parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), terminable():
             warnings.showwarning = lambda message, *_: print(f"dfx: warning: {message}", file=sys.stderr)
             return int(args.command(args))
+    except ClusterLost as e:
+        print(f"dfx: {e}", file=sys.stderr)
+        return TRY_AGAIN
     except RunError as e:
         for store in (e.result or {}).values():
             print(store)
@@ -37,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DfxError as e:
         print(f"dfx: error: {e}", file=sys.stderr)
         return BAD_CALL
+    except Terminated:
+        print("dfx: terminated; the same command goes on from here.", file=sys.stderr)
+        return TRY_AGAIN
     except KeyboardInterrupt:
         print("dfx: interrupted; the same command goes on from here.", file=sys.stderr)
         return INTERRUPTED

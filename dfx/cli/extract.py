@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from dfx.cli import storage
 from dfx.cli.codes import DONE
-from dfx.errors import CallError
+from dfx.errors import CallError, ClusterLost
 from dfx.remote import shown
+
+if TYPE_CHECKING:
+    from dfx.run import Event
 
 
 def add(commands: Any) -> None:
@@ -51,7 +56,20 @@ def add(commands: Any) -> None:
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the stores, or its URL")
-    p.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask cluster (default: one inside this process)")
+    p.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a running Dask cluster (default: one inside this process; with several GPUs, a process for each)",
+    )
+    p.add_argument(
+        "--wait",
+        type=float,
+        default=60,
+        metavar="S",
+        help="seconds to wait for the scheduler and a first worker, also when a cluster is lost on the way (60)",
+    )
+    for name, what in (("ca", "authority's certificate"), ("cert", "client certificate"), ("key", "client's key")):
+        p.add_argument(f"--tls-{name}", metavar="PEM", help=f"{what} for tls:// schedulers (default: Dask's config)")
     p.add_argument("--overwrite", action="store_true", help="replace stores of another plan")
     p.add_argument(
         "--on-error",
@@ -80,12 +98,14 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--block-timeout", type=float, default=3600, metavar="S", help="seconds until what hangs is given up (3600)"
     )
+    p.add_argument("--metrics-port", type=int, metavar="N", help="serve counters to Prometheus at this port")
     p.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
     """Extract the features of slides."""
     from dfx import cluster
+    from dfx.counters import Counters, serve
     from dfx.extractor import DeepFeatureExtractor
     from dfx.table import read_table, rows_of
 
@@ -105,33 +125,66 @@ def run(args: argparse.Namespace) -> int:
     resolution = int(args.resolution) if args.units == "level" and args.resolution.is_integer() else args.resolution
     masks: list[Any] | None = None if args.mask in ("tissue", "none") else [args.mask]
     given = {"mpp": args.slide_mpp, "power": args.slide_power}
-    with cluster.connect(args.scheduler) if args.scheduler else nullcontext() as client:
-        extractor = DeepFeatureExtractor(
-            model, args.batch_size, weights=weights, device=args.device, verbose=not args.quiet
-        )
-        result = extractor.run(
-            slides,
-            masks=masks,
-            patch_mode=False,
-            input_resolutions=[{"resolution": resolution, "units": args.units}],
-            patch_input_shape=args.patch,
-            stride_shape=args.stride,
-            save_dir=args.out,
-            overwrite=args.overwrite,
-            output_type="zarr",
-            auto_get_mask=args.mask == "tissue",
-            reading=args.reading,
-            on_bad_tile=args.on_bad_tile,
-            block_timeout=args.block_timeout,
-            memory_threshold=args.memory_threshold,
-            wsireader_kwargs={name: value for name, value in given.items() if value is not None},
-            storage_options=storage.options(args),
-            client=client,
-            on_error=args.on_error,
-        )
+    tls = [args.tls_ca, args.tls_cert, args.tls_key]
+    if any(tls) and not (all(tls) and str(args.scheduler).startswith("tls://")):
+        raise CallError("--tls-ca, --tls-cert and --tls-key go together, and with --scheduler tls://HOST:PORT.")
+    security = cluster.security_of(*tls) if any(tls) else None
+    extractor = DeepFeatureExtractor(
+        model, args.batch_size, weights=weights, device=args.device, verbose=not args.quiet
+    )
+    attempt = partial(
+        extractor.run,
+        slides,
+        masks=masks,
+        patch_mode=False,
+        input_resolutions=[{"resolution": resolution, "units": args.units}],
+        patch_input_shape=args.patch,
+        stride_shape=args.stride,
+        save_dir=args.out,
+        overwrite=args.overwrite,
+        output_type="zarr",
+        auto_get_mask=args.mask == "tissue",
+        reading=args.reading,
+        on_bad_tile=args.on_bad_tile,
+        block_timeout=args.block_timeout,
+        memory_threshold=args.memory_threshold,
+        wsireader_kwargs={name: value for name, value in given.items() if value is not None},
+        storage_options=storage.options(args),
+        on_error=args.on_error,
+    )
+    counters = Counters()
+    with nullcontext() if args.metrics_port is None else serve(counters, args.metrics_port):
+        if args.scheduler is None:
+            with cluster.on_this_machine(args.device) as client:
+                result = attempt(client=client, notify=counters)
+        else:
+            connect = partial(cluster.connect, args.scheduler, security=security, wait=args.wait, workers=True)
+            result = persist(connect, attempt, counters)
     assert isinstance(result, dict)
     for store in result.values():
         print(store)
     for slide, error in getattr(result, "failures", {}).items():
         print(f"dfx: {shown(str(slide))} failed: {error}", file=sys.stderr)
     return DONE
+
+
+def persist(connect: Callable[[], Any], attempt: Callable[..., Any], notify: Callable[[Event], None]) -> Any:
+    """Run on a cluster, and when it is lost on the next that answers, where it resumes; give up without progress."""
+    from dfx.run import BlockDone, SlideDone
+
+    moved = False
+
+    def told(event: Event) -> None:
+        nonlocal moved
+        moved = moved or isinstance(event, BlockDone | SlideDone)
+        notify(event)
+
+    while True:
+        moved = False
+        try:
+            with connect() as client:
+                return attempt(client=client, notify=told)
+        except ClusterLost as e:
+            if not moved:
+                raise
+            print(f"dfx: {e} Waiting for the cluster to come back.", file=sys.stderr)

@@ -26,6 +26,7 @@ __all__ = [
     "EncoderLike",
     "EncoderSpec",
     "check_device",
+    "device_here",
     "encode",
     "footprint",
     "list_encoders",
@@ -123,6 +124,13 @@ def check_device(device: object) -> str:
 
     network.parse_device(device)
     return device
+
+
+def device_here(device: str) -> str:
+    """Give the device that a name means in this process ("auto": the best); raises `EncoderError` where it has none."""
+    from dfx.encoders import network
+
+    return network.choose_device(device)
 
 
 def output(spec: EncoderSpec, shape_yx: tuple[int, int], channels: int = 3) -> tuple[int, np.dtype[Any]]:

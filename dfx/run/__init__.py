@@ -21,6 +21,7 @@ from dfx import cluster, memory
 from dfx.encoders import EncoderSpec, unusual_mpp
 from dfx.errors import DfxError, RunError
 from dfx.plan import Options
+from dfx.run import health
 from dfx.run.driver import Driver
 from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled, Timed
 from dfx.run.item import Item
@@ -92,7 +93,8 @@ def run_slides(
     Every tile is decoded once for all encoders. `in_memory` gives `{"features", "coordinates"}` a slide,
     numpy while they fit under `options.memory_threshold` percent, else lazy arrays over a store in `save_dir` (or
     a temporary folder). `block_timeout`: seconds after which a block is given up. Slides that fail
-    are in `failures` of the result; nothing is raised for them. Raises `RunError` when the cluster can't go on.
+    are in `failures` of the result; nothing is raised for them. Raises `CallError` for a cluster that doesn't fit (see
+    `cluster.admitted`), `ClusterLost` when it can't go on.
     """
     result = RunResult()
     names = output_names(items)
@@ -115,40 +117,48 @@ def run_slides(
         promised[planned.item.identity] = planned.nbytes  # until it is filled, it is not resident
         return True
 
-    for encoder in encoders:
-        cluster.share(encoder, client)
-    requests = (
-        (item, Request(item, tuple(encoders), where, options, None if kept else place_of_item(item), overwrite))
-        for item in items
-    )
     outputs: dict[Any, Any] = {}
     warned: set[str] = set()
-    for event in Driver(client, requests, keeps=keeps, cache=place_of_item, timeout=block_timeout).events():
-        if isinstance(event, Planned):
-            for encoder in encoders:
-                unusual = "" if encoder.name in warned or not encoder.named else unusual_mpp(encoder.name, event.mpp)
-                if unusual:  # once a run, with the first slide that it is so of
-                    warned.add(encoder.name)
-                    warnings.warn(f"{event.item.address}: {unusual}", UserWarning, stacklevel=2)
-        if isinstance(event, Planned) and not event.patches:
-            address = event.item.address
-            warnings.warn(f"{address} has no patch under its mask: its features are empty.", UserWarning, stacklevel=2)
-        elif isinstance(event, SlideDone):
-            promised.pop(event.item.identity, None)
-            event = replace(event, output=in_arrays(event) if in_memory else event.output.output)
-            outputs[event.item.identity] = event.output
-            log.info("%s is done", event.item.address)
-        elif isinstance(event, SlideFailed):
-            promised.pop(event.item.identity, None)
-            result.failures.update(dict.fromkeys(event.item.given, event.error))
-            log.info("%s failed: %s", event.item.address, event.error)
-        elif isinstance(event, Throttled):
-            log.info("%s", event.reason)
-        notify(event)
+    health.await_workers(client)
+    with cluster.admitted(client, options.device) as device:
+        for encoder in encoders:
+            cluster.share(encoder, client)
+        same = replace(options, device=device)
+        requests = (
+            (item, Request(item, tuple(encoders), where, same, None if kept else place_of_item(item), overwrite))
+            for item in items
+        )
+        for event in Driver(client, requests, keeps=keeps, cache=place_of_item, timeout=block_timeout).events():
+            if isinstance(event, Planned):
+                for encoder in encoders:
+                    warn_of_mpp(event, encoder, warned)
+                if not event.patches:
+                    address = event.item.address
+                    warnings.warn(f"{address} has no patch under its mask: its features are empty.", stacklevel=2)
+            elif isinstance(event, SlideDone):
+                promised.pop(event.item.identity, None)
+                event = replace(event, output=in_arrays(event) if in_memory else event.output.output)
+                outputs[event.item.identity] = event.output
+                log.info("%s is done", event.item.address)
+            elif isinstance(event, SlideFailed):
+                promised.pop(event.item.identity, None)
+                result.failures.update(dict.fromkeys(event.item.given, event.error))
+                log.info("%s failed: %s", event.item.address, event.error)
+            elif isinstance(event, Throttled):
+                log.info("%s", event.reason)
+            notify(event)
     for item in items:  # in the order given, whichever was done first
         if item.identity in outputs:
             result.update(dict.fromkeys(item.given, outputs[item.identity]))
     return result
+
+
+def warn_of_mpp(planned: Planned, encoder: EncoderSpec, warned: set[str]) -> None:
+    """Warn, once a run, where patches are far from the resolution that an encoder was trained at."""
+    unusual = "" if encoder.name in warned or not encoder.named else unusual_mpp(encoder.name, planned.mpp)
+    if unusual:
+        warned.add(encoder.name)
+        warnings.warn(f"{planned.item.address}: {unusual}", UserWarning, stacklevel=3)
 
 
 def in_arrays(event: SlideDone) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
@@ -18,7 +19,7 @@ from dask.typing import Key
 from distributed.scheduler import KilledWorker
 
 from dfx import store
-from dfx.errors import DfxError, MemoryShortage, RunError, SlideError
+from dfx.errors import ClusterLost, DfxError, MemoryShortage, SlideError
 from dfx.run import health
 from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled, Timed
 from dfx.run.flights import TRIES, Block, Closing, Finish, Flight, Planning, described
@@ -34,6 +35,8 @@ WINDOW = 3
 """Blocks submitted and unfinished, for each thread of the cluster."""
 LEAST = 16
 """Blocks submitted and unfinished on a small cluster: a message to the scheduler costs as much as some of them."""
+TELL = 15
+"""Seconds between two tellings of where the workers' time went."""
 KILLS = 2
 """Workers that a block may kill while they run nothing else, before its slide is given up."""
 
@@ -79,26 +82,31 @@ class Driver:
 
     def events(self) -> Iterator[Event]:
         """Make all slides, and tell what happens."""
-        self._workers = health.workers(self.client)
-        before = health.seconds_by_stage(self.client)
+        with health.reached(self.client):
+            self._scheduler, self._workers = health.look(self.client)
+            stages = health.Stages(self.client)
         try:
             while True:
                 yield from self._fill()
                 if not self._flying and not self._suspects:
-                    after = health.seconds_by_stage(self.client)
-                    yield Timed({stage: round(s - before.get(stage, 0), 3) for stage, s in after.items()})
+                    with health.reached(self.client):
+                        yield Timed(stages.since())
                     return
                 for future in self._next_finished():
                     flight = self._flying.pop(future, None)
                     if flight is not None:
                         yield from self._settle(future, flight)
-                yield from self._look()
+                with health.reached(self.client):
+                    yield from self._look()
+                    if stages.age >= TELL:
+                        yield Timed(stages.since())
         except KeyboardInterrupt:
             yield Stopping(sum(isinstance(flight, Block) for flight in self._flying.values()))
             raise
         finally:
             if self._flying and self.client.status == "running":
-                self.client.cancel(list(self._flying))
+                with contextlib.suppress(OSError):  # a scheduler that is gone has nothing to cancel
+                    self.client.cancel(list(self._flying))
 
     # Submitting
 
@@ -174,7 +182,7 @@ class Driver:
             if not self._finished.has_ready():
                 self._finished.thread_condition.wait(timeout=LOOK)
         if self.client.status != "running":
-            raise RunError(f"client {self.client.id} is {self.client.status}: connect again; running again resumes.")
+            raise ClusterLost(f"client {self.client.id} is {self.client.status}: connect again; {health.RESUMES}.")
         batch: list[distributed.Future] = self._finished.next_batch(block=False)
         return batch
 
@@ -277,14 +285,16 @@ class Driver:
     # What becomes of workers
 
     def _look(self) -> Iterator[Event]:
-        """See who came, went, is paused or hangs; raises `RunError` when the cluster can't go on."""
+        """See who came, went, is paused or hangs; raises `ClusterLost` when the cluster can't go on."""
         now = time.monotonic()
         if now - self._looked < LOOK:
             return
         self._looked = now
-        known, self._workers = self._workers, health.workers(self.client)
-        if known.keys() - self._workers.keys():
-            yield from self._bury(known.keys() - self._workers.keys())
+        known, (scheduler, self._workers) = self._workers, health.look(self.client)
+        if scheduler != self._scheduler:  # it has none of what the last one was given
+            raise ClusterLost(f"another scheduler answers now, the last one and its tasks are lost: {health.RESUMES}.")
+        if gone := known.keys() - self._workers.keys():
+            yield from self._bury(gone)
         self._watch.check(self._workers, now)
         yield from self._give_up_what_hangs(now)
 

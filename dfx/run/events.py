@@ -51,7 +51,9 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Timed:
-    """Where the workers' time went, told at the end: seconds of all their threads, by stage (read, encode, write)."""
+    """Where the workers' time went since this was last told, and at the end: seconds of all threads, by stage
+    (read, encode, write).
+    """  # noqa: D205
 
     seconds: Mapping[str, float]
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import distributed
 from dask.typing import Key
 
-from dfx.errors import RunError
+from dfx.errors import ClusterLost
 
 RESUMES = "running again resumes"
-
+NO_WORKER = f"the cluster has had no worker for {{}} seconds: start workers; {RESUMES}."
 
 PATIENCE = 60
 """Seconds that a run waits for a cluster to have any worker."""
@@ -36,10 +38,27 @@ class Worker:
     """Whether something restarts it."""
 
 
-def workers(client: distributed.Client) -> dict[str, Worker]:
-    """Ask a cluster for its workers, by address."""
-    found = client.scheduler_info(n_workers=-1)["workers"]
-    return {
+@contextmanager
+def reached(client: distributed.Client) -> Iterator[None]:
+    """Say so when what is asked of a scheduler finds none."""
+    try:
+        yield
+    except OSError as e:
+        raise ClusterLost(f"the scheduler of client {client.id} does not answer ({e}): {RESUMES}.") from e
+
+
+def await_workers(client: distributed.Client) -> None:
+    """Wait for a cluster's first worker; raises `ClusterLost` when there is none for too long."""
+    try:
+        client.wait_for_workers(1, timeout=PATIENCE)
+    except TimeoutError as e:
+        raise ClusterLost(NO_WORKER.format(PATIENCE)) from e
+
+
+def look(client: distributed.Client) -> tuple[str, dict[str, Worker]]:
+    """Ask a cluster for its scheduler's identity, and its workers by address."""
+    said = client.scheduler_info(n_workers=-1)
+    return said["id"], {
         address: Worker(
             threads=said["nthreads"],
             paused=said.get("status") == "paused",
@@ -47,7 +66,7 @@ def workers(client: distributed.Client) -> dict[str, Worker]:
             limit=int(said.get("memory_limit") or 0),
             nanny=bool(said.get("nanny")),
         )
-        for address, said in found.items()
+        for address, said in said["workers"].items()
     }
 
 
@@ -58,11 +77,11 @@ class Watch:
         self._alone = self._awake = now
 
     def check(self, workers: Mapping[str, Worker], now: float) -> None:
-        """Take what the workers are now; raises `RunError` when there was none, or none awake, for too long."""
+        """Take what the workers are now; raises `ClusterLost` when there was none, or none awake, for too long."""
         if workers:
             self._alone = now
         elif now - self._alone > PATIENCE:
-            raise RunError(f"the cluster has had no worker for {PATIENCE} seconds: start workers; {RESUMES}.")
+            raise ClusterLost(NO_WORKER.format(PATIENCE))
         if not workers or not all(worker.paused for worker in workers.values()):
             self._awake = now
         elif now - self._awake > PAUSED:
@@ -70,7 +89,7 @@ class Watch:
                 f"{address}: {worker.resident / 2**20:,.0f} of {worker.limit / 2**20:,.0f} MB"
                 for address, worker in list(workers.items())[:8]
             )
-            raise RunError(
+            raise ClusterLost(
                 f"all {len(workers)} workers have been paused by Dask for {PAUSED} seconds, for want of memory "
                 f"({figures}): restart them with more, with fewer threads, or use a smaller batch_size; {RESUMES}."
             )
@@ -85,6 +104,25 @@ def blamed(client: distributed.Client, keys: Sequence[Key]) -> dict[Key, int]:
 def _blamed(keys: Sequence[Key], dask_scheduler: Any = None) -> dict[Key, int]:
     tasks = dask_scheduler.tasks
     return {key: tasks[key].suspicious for key in keys if key in tasks}
+
+
+class Stages:
+    """Where a cluster's time goes from now on."""
+
+    def __init__(self, client: distributed.Client) -> None:
+        self._client = client
+        self._seconds = seconds_by_stage(client)
+        self._asked = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was last asked."""
+        return time.monotonic() - self._asked
+
+    def since(self) -> dict[str, float]:
+        """Ask for the seconds by stage since it was last asked."""
+        before, self._seconds, self._asked = self._seconds, seconds_by_stage(self._client), time.monotonic()
+        return {stage: round(seconds - before.get(stage, 0), 3) for stage, seconds in self._seconds.items()}
 
 
 def seconds_by_stage(client: distributed.Client) -> dict[str, float]:

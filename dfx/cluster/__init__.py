@@ -1,0 +1,29 @@
+"""Dask clusters: the ones that dfx makes or connects to, whether they fit a run, and what tasks ask of their worker."""
+
+from __future__ import annotations
+
+from dfx.cluster.admission import admitted
+from dfx.cluster.connecting import check_client, connect, current_client, security_of
+from dfx.cluster.machine import client_or_embedded, embedded, local, on_this_machine
+from dfx.cluster.pods import cluster_spec, kubernetes
+from dfx.cluster.retiring import retire
+from dfx.cluster.tasks import memory_limit, meter, share, task_threads
+
+__all__ = [
+    "admitted",
+    "check_client",
+    "client_or_embedded",
+    "cluster_spec",
+    "connect",
+    "current_client",
+    "embedded",
+    "kubernetes",
+    "local",
+    "memory_limit",
+    "meter",
+    "on_this_machine",
+    "retire",
+    "security_of",
+    "share",
+    "task_threads",
+]
