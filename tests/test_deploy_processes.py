@@ -14,19 +14,17 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from manifests import DEPLOY, Doc, arguments, environment, of_kind, pods
+from certificates import certificates
+from manifests import DEPLOY, NOT_YET, Doc, arguments, environment, of_kind, pods
 
 import dfx
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-NOT_YET = ("--wait", "--metrics-port")
-"""Options that `dfx extract` does not have yet."""
 WORKERS = ("one", "two")
 
 
@@ -156,35 +154,6 @@ def test_a_driver_that_is_killed_is_started_again_and_goes_on(tmp_path: Path, st
     assert "workers" in json.loads(node.fetch("/api/v1/adaptive_target"))
     asked = set(re.findall(r"dask_scheduler_\w+", "".join(p.read_text() for p in (DEPLOY / "monitoring").iterdir())))
     assert asked <= set(re.findall(r"\w+", node.fetch("/metrics")))
-
-
-def certificates(folder: Path) -> None:
-    """Write what cert-manager writes into a Secret: ca.crt, tls.crt, tls.key."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    def certificate(
-        name: str, key: ec.EllipticCurvePrivateKey, issuer: str, signer: ec.EllipticCurvePrivateKey, ca: bool
-    ) -> bytes:
-        def named(text: str) -> x509.Name:
-            return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)])
-
-        made = x509.CertificateBuilder(named(issuer), named(name), key.public_key(), x509.random_serial_number())
-        made = made.not_valid_before(datetime.now(UTC) - timedelta(minutes=1))
-        made = made.not_valid_after(datetime.now(UTC) + timedelta(days=1))
-        made = made.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        made = made.add_extension(
-            x509.SubjectAlternativeName([x509.DNSName("dfx-scheduler"), x509.DNSName("localhost")]), critical=False
-        )
-        return made.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-    authority, own = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    folder.mkdir(parents=True)
-    (folder / "ca.crt").write_bytes(certificate("ca", authority, "ca", authority, True))
-    (folder / "tls.crt").write_bytes(certificate("dfx-scheduler", own, "ca", authority, False))
-    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
-    (folder / "tls.key").write_bytes(own.private_bytes(pem, pkcs8, serialization.NoEncryption()))
 
 
 def test_with_tls_the_run_is_encrypted_and_the_operators_pages_answer(tmp_path: Path, stack: ExitStack) -> None:
