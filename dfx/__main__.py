@@ -1,7 +1,5 @@
 """`python -m dfx` is `dfx`."""
 
-import sys
+from dfx.cli import entry
 
-from dfx.cli import main
-
-sys.exit(main())
+entry()

@@ -23,9 +23,6 @@ BASE = DEPLOY / "base"
 OVERLAYS = sorted(path.parent for path in DEPLOY.glob("overlays/*/kustomization.yaml"))
 CHART = Path(dask_kubernetes.__file__).parent / "operator/deployment/helm/dask-kubernetes-operator"
 
-NOT_YET = ("--table", "--wait", "--metrics-port", "worker-retire")
-"""What manifests use and dfx does not have yet."""
-
 Doc = dict[str, Any]
 
 

@@ -18,7 +18,6 @@ from dask.utils import parse_bytes, parse_timedelta
 from manifests import (
     BASE,
     DEPLOY,
-    NOT_YET,
     OVERLAYS,
     Doc,
     arguments,
@@ -244,15 +243,12 @@ def test_commands_of_dfx_are_ones_that_it_has(docs: list[Doc]) -> None:
     [driver] = the(docs, "Job")["spec"]["template"]["spec"]["containers"]
     found = arguments(driver, environment(docs, driver))
     assert found[:2] == ["dfx", "extract"]
-    known = [argument for argument in found[1:] if argument.split("=")[0] not in NOT_YET]
-    known += ["slide.svs"] if "--table" in NOT_YET and any("--table=" in argument for argument in found) else []
-    parser().parse_args(known)
+    parser().parse_args(found[1:])
     worker = the(docs, "DaskCluster")["spec"]["worker"]["spec"]
     found = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert found[:2] == ["dfx", "worker-retire"]
     assert float(option(found, "--timeout")) < worker["terminationGracePeriodSeconds"]
-    if "worker-retire" not in NOT_YET:
-        parser().parse_args(found[1:])
+    parser().parse_args(found[1:])
 
 
 def test_the_driver_may_do_what_keep_cluster_does_and_no_more(docs: list[Doc]) -> None:

@@ -31,7 +31,7 @@ from dfx.errors import CallError, ClusterLost
 SLOW = WSI | {"auto_get_mask": False, "block_size": 16}
 QUICK = ["--encoder", "resnet18", "--weights", "random", "--quiet", "--mask", "none"]
 QUICK += ["--resolution", "4", "--units", "mpp", "--patch", "64"]
-MANY = ["--encoder", "resnet18", "--weights", "random", "--quiet", "--mask", "none"]
+MANY = ["--encoder", "test_resnet", "--weights", "random", "--quiet", "--mask", "none"]
 MANY += ["--resolution", "0.25", "--units", "mpp", "--patch", "64", "--stride", "40"]
 
 
@@ -292,3 +292,37 @@ def test_a_worker_that_is_not_known_is_not_retired(monkeypatch: pytest.MonkeyPat
     assert cli.main(["worker-retire", "--scheduler", "tcp://127.0.0.1:1"]) == 2
     monkeypatch.setenv("DASK_WORKER_NAME", "x")
     assert cli.main(["worker-retire", "--scheduler", f"tcp://127.0.0.1:{free_port()}", "--timeout", "1"]) == 3
+
+
+def test_a_scheduler_that_dies_and_comes_back_is_found_again_and_the_run_is_the_undisturbed_one(
+    made_slide: Path, tmp_path: Path
+) -> None:
+    port, out = free_port(), tmp_path / "out"
+    line = ["extract", made_slide, *MANY, "--out", out, "--wait", 120, "--scheduler", f"tcp://127.0.0.1:{port}"]
+    driver = command(*line)  # before there is any scheduler
+    with scheduler(tmp_path, port=port) as address, dask("worker", address, *WORKER):
+        until(lambda: list(out.glob("made.zarr/features/c/*/0")))
+        (pid,) = (p for p in pids_listening(port))
+        os.kill(pid, signal.SIGKILL)
+    assert driver.poll() is None
+    with scheduler(tmp_path, port=port) as address, dask("worker", address, *WORKER):
+        code, said = ended(driver)
+        assert (code, "Waiting for the cluster to come back" in said) == (0, True), said
+        calm = ["extract", made_slide, *MANY, "--out", tmp_path / "calm", "--scheduler", address]
+        assert ended(command(*calm)) == (0, "")
+    assert np.array_equal(features(out / "made.zarr"), features(tmp_path / "calm" / "made.zarr"))
+
+
+def pids_listening(port: int) -> set[int]:
+    import psutil
+
+    return {c.pid for c in psutil.net_connections("inet") if c.laddr and c.laddr.port == port and c.status == "LISTEN"}
+
+
+def test_sigterm_ends_a_run_in_order_and_says_try_again(made_slide: Path, tmp_path: Path) -> None:
+    line = ["extract", made_slide, *MANY, "--out", tmp_path / "out"]
+    run = command(*line)
+    until(lambda: list(tmp_path.glob("out/made.zarr/features/c/*/0")))
+    run.send_signal(signal.SIGTERM)
+    code, said = ended(run)
+    assert (code, "terminated; the same command goes on" in said, "Traceback" in said) == (3, True, False), said

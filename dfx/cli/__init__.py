@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from dfx.cli import demo, encoders, export, extract, info, show, status, worker_retire
 from dfx.cli.codes import BAD_CALL, DONE, FAILURES, INTERRUPTED, TRY_AGAIN
 from dfx.cli.signals import Terminated, terminable
 from dfx.errors import ClusterLost, DfxError, RunError
 
-__all__ = ["BAD_CALL", "DONE", "FAILURES", "INTERRUPTED", "TRY_AGAIN", "main", "parser"]
+__all__ = ["BAD_CALL", "DONE", "FAILURES", "INTERRUPTED", "TRY_AGAIN", "entry", "main", "parser"]
 
 COMMANDS = (extract, info, status, encoders, show, export, demo, worker_retire)
 """In the order of `dfx --help`."""
@@ -47,6 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dfx: interrupted; the same command goes on from here.", file=sys.stderr)
         return INTERRUPTED
+
+
+def entry() -> NoReturn:
+    """Run the command of this process and end it.
+
+    After an interruption at once: a thread that is still in torch's code would have the process abort (exit code 134).
+    """
+    code = main()
+    if code in (INTERRUPTED, TRY_AGAIN):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def parser() -> argparse.ArgumentParser:
