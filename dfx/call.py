@@ -15,7 +15,7 @@ from dfx.grid import whole_pair
 from dfx.resolution import check_resolution, one, pair
 from dfx.run import Item
 from dfx.slides import Slide
-from dfx.tissue import as_mask
+from dfx.tissue import Segment, as_mask, is_method, segment_of
 
 
 def check_workers(num_workers: object) -> int:
@@ -103,9 +103,17 @@ def resolution_of(resolutions: Any) -> tuple[Any, Any]:
 
 
 def slide_items(
-    images: Any, masks: Any, labels: Any, wsireader_kwargs: Mapping[str, Any] | None, *, auto_get_mask: bool
+    images: Any,
+    masks: Any,
+    labels: Any,
+    wsireader_kwargs: Mapping[str, Any] | None,
+    *,
+    tissue: str | Segment | None,
 ) -> list[Item]:
-    """Check slides, masks and labels of a call and bring them together; a slide given twice is one."""
+    """Check slides, masks and labels of a call and bring them together; a slide given twice is one.
+
+    `tissue`: what finds it on slides without a mask; None: every patch is kept.
+    """
     if isinstance(images, str | Path) or not isinstance(images, Sequence):
         hint = "; for arrays of patches pass patch_mode=True" if isinstance(images, np.ndarray) else ""
         raise CallTypeError(f"images must be a list of slides (paths or Slides), not {type(images).__name__}{hint}.")
@@ -116,7 +124,7 @@ def slide_items(
     for n, image in enumerate(images):
         slide, own_mpp, own_power = address_of(image)
         mask = None if masks is None else masks[n]
-        mask = usable_mask(mask) if mask is not None else "tissue" if auto_get_mask else None
+        mask = tissue if mask is None else usable_mask(mask)
         label = None if labels is None else plain_label(labels[n])
         item = Item((image,), slide, mask, label, mpp or own_mpp, power or own_power)
         same = items.setdefault(item.identity, item)
@@ -168,8 +176,14 @@ def usable_mask(mask: Any) -> Any:
         mask = mask.img
     if isinstance(mask, np.ndarray):
         return as_mask(mask)
+    if is_method(mask):
+        segment_of(mask)
+        return mask
     if not isinstance(mask, str | Path):
-        raise CallTypeError(f"a mask is None, an array (H, W), an image path or a Slide, not {type(mask).__name__}.")
+        raise CallTypeError(
+            f"a mask is None, an array (H, W), an image path, a Slide, a method's name or a function, "
+            f"not {type(mask).__name__}."
+        )
     if str(mask) != "tissue" and not Path(mask).is_file():
         raise CallError(f"mask {mask} is not a file: give an image file, an array, or None.")
     return mask if str(mask) == "tissue" else Path(mask).absolute()  # a worker may be in another folder

@@ -13,12 +13,13 @@ import dfx
 
 ROOT = Path(dfx.__file__).parent
 ROOMS = [  # from the ground up; those of one line may not import each other
-    ["errors"],
+    ["errors", "html"],
     ["resolution"],
     ["tissue"],
     ["grid"],
     ["slides"],
     ["reader"],
+    ["pictures"],
     ["encoders"],
     ["plan"],
     ["memory"],
@@ -27,7 +28,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
     ["store"],
     ["arrays", "loose"],
     ["run"],
-    ["progress", "pictures", "counters"],
+    ["progress", "counters", "report"],
     ["call"],
     ["extractor"],
     ["demo"],

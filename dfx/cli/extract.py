@@ -37,8 +37,9 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--mask",
         default="tissue",
-        metavar="tissue|none|PATH",
-        help="which patches are kept (default: tissue); a file is one slide's",
+        metavar="tissue|hsv|none|PATH",
+        help="which patches are kept (default: tissue, by Otsu's threshold); hsv leaves pen marks out; "
+        "MODULE:FUNCTION finds tissue on a thumbnail; a file is one slide's",
     )
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
@@ -79,17 +80,18 @@ def run(args: argparse.Namespace) -> int:
     """Extract the features of slides."""
     from dfx import cluster
     from dfx.extractor import DeepFeatureExtractor
+    from dfx.tissue import is_method
 
     if args.storage_options is not None and not isinstance(args.storage_options, dict):
         raise CallError("--storage-options must be a JSON object.")
-    if args.mask not in ("tissue", "none") and len(args.slides) > 1:
+    method = "otsu" if args.mask in ("tissue", "none") else args.mask if is_method(args.mask) else None
+    if method is None and len(args.slides) > 1:
         raise CallError(
             f"--mask {args.mask} is one slide's mask, but there are {len(args.slides)} slides: run each alone."
         )
     model: Any = args.encoder if len(args.encoder) > 1 else args.encoder[0]
     weights: Any = args.weights[0] if args.weights and len(args.weights) == 1 else args.weights
     resolution = int(args.resolution) if args.units == "level" and args.resolution.is_integer() else args.resolution
-    masks: list[Any] | None = None if args.mask in ("tissue", "none") else [args.mask] * len(args.slides)
     given = {"mpp": args.slide_mpp, "power": args.slide_power}
     with cluster.connect(args.scheduler) if args.scheduler else nullcontext() as client:
         extractor = DeepFeatureExtractor(
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         )
         result = extractor.run(
             args.slides,
-            masks=masks,
+            masks=None if method else [args.mask],
             patch_mode=False,
             input_resolutions=[{"resolution": resolution, "units": args.units}],
             patch_input_shape=args.patch,
@@ -105,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
             save_dir=args.out,
             overwrite=args.overwrite,
             output_type="zarr",
-            auto_get_mask=args.mask == "tissue",
+            auto_get_mask=args.mask != "none",
+            tissue=method or "otsu",
             reading=args.reading,
             on_bad_tile=args.on_bad_tile,
             block_timeout=args.block_timeout,

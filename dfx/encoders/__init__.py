@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.encoders.cards import Card, list_encoders
+from dfx.encoders.segmenter import Segmenter, load_segmenter
 from dfx.encoders.spec import EncoderSpec, Triple
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import whole_pair
@@ -25,11 +26,13 @@ __all__ = [
     "Card",
     "EncoderLike",
     "EncoderSpec",
+    "Segmenter",
     "check_device",
     "encode",
     "footprint",
     "list_encoders",
     "load_encoder",
+    "load_segmenter",
     "output",
 ]
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import distributed
 
-from dfx import cluster, memory
-from dfx.encoders import EncoderSpec
+from dfx import cluster, html, memory
+from dfx.encoders import EncoderSpec, Segmenter
 from dfx.errors import DfxError, RunError
 from dfx.plan import Options
 from dfx.run.driver import Driver
@@ -62,6 +62,11 @@ class RunResult(dict[Any, Any]):
         """Input -> what went wrong with it."""
         self.cache: Path | None = None
         """Temporary folder that lazy arrays read from; it goes with this result."""
+
+    def _repr_html_(self) -> str:
+        failed = {f"{given}: failed": error for given, error in self.failures.items()}
+        arrays = {given: "arrays" if isinstance(output, dict) else output for given, output in self.items()}
+        return html.table(f"{len(self)} done, {len(self.failures)} failed", arrays | failed)
 
     def make_cache(self) -> Path:
         """Give the temporary folder, made when first needed."""
@@ -112,7 +117,7 @@ def run_slides(
         promised[planned.item.identity] = planned.nbytes  # until it is filled, it is not resident
         return True
 
-    for encoder in encoders:
+    for encoder in [*encoders, *(item.mask.encoder for item in items if isinstance(item.mask, Segmenter))]:
         cluster.share(encoder, client)
     requests = (
         (item, Request(item, tuple(encoders), where, options, None if kept else path_of(item), overwrite))

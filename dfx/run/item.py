@@ -19,7 +19,7 @@ class Item:
     slide: str | Path | Slide
     """What is opened, or is open already."""
     mask: Any = "tissue"
-    """"tissue", None, an array or a path."""
+    """As `PatchGrid.over` takes it."""
     label: Any = None
     """Kept with the output."""
     mpp: float | tuple[float, float] | None = None

@@ -9,9 +9,13 @@ import dask.array as da
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from PIL import Image
 
+from dfx import html
 from dfx.errors import CallTypeError, StoreError
+from dfx.slides import Slide
 from dfx.store.layout import dfx_attributes
+from dfx.tissue import Mask
 
 
 class Features:
@@ -69,6 +73,40 @@ class Features:
         assert isinstance(array, zarr.Array)
         return np.asarray(np.asarray(array[...]) * np.tile(np.asarray(array.attrs["to_baseline"], float), 2))
 
+    @property
+    def mask(self) -> Mask | None:
+        """The mask that chose the patches, bool (rows, columns) over the whole slide; None where none did."""
+        if "mask" not in self._group:  # nor has a store that was made before masks were kept
+            return None
+        array = self._group["mask"]
+        assert isinstance(array, zarr.Array)
+        return Mask(np.asarray(array[...], np.bool_), str(array.attrs["method"]))
+
+    def plot(
+        self,
+        values: str | Path | NDArray[Any] | None = None,
+        *,
+        slide: Slide | None = None,
+        max_size: int = 900,
+    ) -> Image.Image:
+        """Draw the slide, the outline of its tissue, and its patches; a Pillow image, which notebooks show.
+
+        `values`: None draws the patch grid and the features' first three principal components as colours;
+        "similarity:ROW" the cosine similarity to a patch, "cluster:K" groups by k-means; an array or .npy file
+        of one value a patch is drawn as labels where it has at most 20 different integers, else as a measure.
+        `slide`: where it lies now, if it moved. `max_size`: pixels of a panel's longer side. Raises `CallError` for
+        values that can't be drawn, `SlideError` when the slide is gone, `StoreError` when the store has none.
+        """
+        from dfx.store import drawing
+
+        return Image.fromarray(drawing.plot(self, values, slide, max_size))
+
+    def contact_sheet(self, clusters: int = 8, *, columns: int = 10, slide: Slide | None = None) -> Image.Image:
+        """Draw a row a cluster (k-means) with the patches nearest to its centre; raises as `plot` does."""
+        from dfx.store import drawing
+
+        return Image.fromarray(drawing.contact_sheet(self, clusters, columns, slide))
+
     def _lazy(self, name: str) -> da.Array:
         return da.from_zarr(self._group[self._present(name)])
 
@@ -79,6 +117,19 @@ class Features:
 
     def __repr__(self) -> str:
         return f"Features({str(self.path)!r}, {', '.join(self._said)})"
+
+    def _repr_html_(self) -> str:
+        rows: dict[str, object] = {"slide": self.attrs.get("slide", {}).get("url", "loose patches")}
+        patches = self.attrs.get("patches")
+        if patches is not None:
+            height, width = patches["shape"]
+            rows["patches"] = f"{height} x {width} at {patches['resolution']} {patches['units']}"
+        for name, said in self._said.items():
+            node = self._group[f"features/{name}" if "encoders" in self.attrs else "features"]
+            assert isinstance(node, zarr.Array)
+            random = ", random weights" if said["weights"] == "random" else ""
+            rows[f"features of {name}"] = f"{node.shape[0]} x {node.shape[1]} {node.dtype}{random}"
+        return html.table(f"Features {self.path.name}", rows)
 
 
 def open_features(path: str | Path, encoder: str | None = None) -> Features:

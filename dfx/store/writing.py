@@ -22,6 +22,7 @@ from dfx.store.layout import (
     check_ours,
     create_features,
     create_group,
+    create_mask,
     dfx_attributes,
     features_array,
     node_names,
@@ -99,6 +100,8 @@ class Store:
             },
         )
         array[...] = coordinates
+        if plan.grid.mask is not None:
+            create_mask(group, plan.grid.mask, plan.slide.dimensions)
         create_features(group, len(plan.grid), plan.heads, plan.options.block_size)
         update(path, status="running")
         return cls.at(path, [head.name for head in plan.heads])
