@@ -15,25 +15,29 @@ if TYPE_CHECKING:
     from dfx.store.reading import Features
 
 
-def stored_slide(store: Features, slide: Slide | None = None) -> Slide:
-    """Open the slide that a store was made from; raises `CallError` when `slide` is another, `SlideError` when gone."""
-    said = store.attrs.get("slide")
+def stored_slide(path: Path, attributes: dict[str, Any], slide: Slide | None = None) -> Slide:
+    """Open the slide that a store was made from, or check that `slide` is it.
+
+    `attributes` is what the store says of itself. Raises `StoreError` when it has no slide, `SlideError` when the slide
+    is gone, `CallError` when another is given.
+    """
+    said = attributes.get("slide")
     if said is None:
-        raise StoreError(f"{store.path} holds loose patches, which have no slide to show.")
+        raise StoreError(f"{path} holds loose patches, which have no slide to show.")
     if slide is None:
         if not Path(said["url"]).exists():
             raise SlideError(
                 f"{said['url']} does not exist any more: say where the slide is now with slide= (--slide)."
             )
         slide = open_slide(said["url"], mpp=None if said["mpp"] is None else tuple(said["mpp"]), power=said["power"])
-    if slide.identity != store.attrs.get("fingerprint", {}).get("slide"):
-        raise CallError(f"{store.path} was not made from {slide.url}: give the slide of {said['url']}.")
+    if slide.identity != attributes.get("fingerprint", {}).get("slide"):
+        raise CallError(f"{path} was not made from {slide.url}: give the slide of {said['url']}.")
     return slide
 
 
 def plot(store: Features, values: Any, slide: Slide | None, max_size: int) -> pictures.Picture:
     """Draw a store; see `Features.plot`."""
-    slide = stored_slide(store, slide)
+    slide = stored_slide(store.path, store.attrs, slide)
     features = store.features.compute(scheduler="sync")
     found = None if values is None else pictures.values_of(values, features)
     scene = pictures.Scene.of(slide, store.to_baseline(), store.mask, max_size)
@@ -52,7 +56,7 @@ def contact_sheet(store: Features, k: int, columns: int, slide: Slide | None) ->
     """Draw a store's patches by cluster; see `Features.contact_sheet`."""
     if isinstance(columns, bool) or not isinstance(columns, int) or not 1 <= columns <= 100:
         raise CallError(f"a row of a contact sheet has 1 to 100 patches, not {columns!r}.")
-    slide = stored_slide(store, slide)
+    slide = stored_slide(store.path, store.attrs, slide)
     patches = store.attrs["patches"]
     resolution = patches["resolution"]
     view = slide.view(tuple(resolution) if isinstance(resolution, list) else resolution, patches["units"])

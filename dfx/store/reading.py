@@ -76,11 +76,7 @@ class Features:
     @property
     def mask(self) -> Mask | None:
         """The mask that chose the patches, bool (rows, columns) over the whole slide; None where none did."""
-        if "mask" not in self._group:  # nor has a store that was made before masks were kept
-            return None
-        array = self._group["mask"]
-        assert isinstance(array, zarr.Array)
-        return Mask(np.asarray(array[...], np.bool_), str(array.attrs["method"]))
+        return stored_mask(self._group)
 
     def plot(
         self,
@@ -130,6 +126,12 @@ class Features:
             random = ", random weights" if said["weights"] == "random" else ""
             rows[f"features of {name}"] = f"{node.shape[0]} x {node.shape[1]} {node.dtype}{random}"
         return html.table(f"Features {self.path.name}", rows)
+
+
+def stored_mask(group: zarr.Group) -> Mask | None:
+    """Read the mask of a store, complete or not; None where there is none, as before masks were kept."""
+    array = group.get("mask")
+    return Mask(np.asarray(array[...], np.bool_), str(array.attrs["method"])) if isinstance(array, zarr.Array) else None
 
 
 def open_features(path: str | Path, encoder: str | None = None) -> Features:

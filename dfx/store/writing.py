@@ -7,6 +7,7 @@ import shutil
 import threading
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,17 +135,20 @@ def write_note(folder: Path, name: str, said: dict[str, Any]) -> None:
     part.replace(folder / f"{name}.json")
 
 
-def read_notes(folder: Path) -> dict[str, Any]:
-    """Bring the notes of all blocks together."""
-    damaged: set[str] = set()
-    batches: dict[str, int] = {}
-    for file in sorted(folder.glob("*.json")):
-        said = json.loads(file.read_text())
-        damaged.update(said["damaged_tiles"])
-        if "batch_size" in said:
-            batches[file.stem] = said["batch_size"]
-    found: dict[str, Any] = {"damaged_tiles": sorted(damaged)} if damaged else {}
-    return found | ({"batches": batches} if batches else {})
+def with_notes(path: Path, said: dict[str, Any]) -> dict[str, Any]:
+    """Give what a store says of itself with what its blocks have noted since; seconds of several runs add up."""
+    damaged: set[str] = set(said.get("damaged_tiles", ()))
+    batches: dict[str, int] = dict(said.get("batches", {}))
+    seconds: Counter[str] = Counter(said.get("seconds", {}))
+    for file in sorted((path / "notes").glob("*.json")):
+        note = json.loads(file.read_text())
+        damaged.update(note["damaged_tiles"])
+        seconds.update(note.get("seconds", {}))  # none in those of an earlier version
+        if "batch_size" in note:
+            batches[file.stem] = note["batch_size"]
+    rounded = {stage: round(s, 3) for stage, s in seconds.items()}
+    found = {"damaged_tiles": sorted(damaged), "batches": batches, "seconds": rounded}
+    return said | {name: value for name, value in found.items() if value}
 
 
 _closing = threading.Lock()
@@ -152,14 +156,13 @@ _closing = threading.Lock()
 
 def finish(path: Path) -> None:
     """Close a store: notes, consolidated metadata, then the status, which is so the last thing written."""
-    notes = path / "notes"
-    said = read_notes(notes)
-    shutil.rmtree(notes, ignore_errors=True)
+    said = with_notes(path, dfx_attributes(path) or {})
+    shutil.rmtree(path / "notes", ignore_errors=True)
     with _closing, warnings.catch_warnings():  # which is no other thread's to enter
         warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the zarr 3 standard yet
         warnings.filterwarnings("ignore", message="Object at")  # a user's file in the store's folder
         zarr.consolidate_metadata(str(path))
-    update(path, status="complete", failure=None, **said)
+    update(path, **said | {"status": "complete", "failure": None})
 
 
 def fail(path: Path, reason: str) -> None:
