@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import dfx
 from dfx import cli
 from dfx.slides.synthetic import outline, paint, write_picture
-from dfx.tissue import hsv, ink, otsu
+from dfx.tissue import hsv, ink
 
 INKS = {"blue": (40, 70, 170), "green": (30, 120, 70), "black": (25, 25, 30), "red": (205, 30, 45)}
 SIZE = 1536, 1280
@@ -183,13 +183,18 @@ def test_a_network_that_can_not_be_understood_is_refused(options: dict[str, Any]
 
 
 def test_the_mask_that_was_used_goes_with_the_output(
-    made_slide: Path, extractor: dfx.DeepFeatureExtractor, processes: distributed.Client, tmp_path: Path
+    made_slide: Path,
+    extractor: dfx.DeepFeatureExtractor,
+    client: distributed.Client,
+    processes: distributed.Client,
+    tmp_path: Path,
 ) -> None:
     segment = dfx.load_segmenter(Darker(), mpp=4, channel=1)
     slide = dfx.open_slide(made_slide)
-    methods: dict[str, Any] = {"otsu": "otsu", "hsv": "hsv", segment.name: segment}
-    for name, method in methods.items():
-        result = extractor.run([made_slide], tissue=method, save_dir=tmp_path / name, client=processes, **WSI)
+    methods: dict[str, tuple[Any, Any]] = {"otsu": ("otsu", client), "hsv": ("hsv", client)}
+    methods[segment.name] = segment, processes  # which get the network from here
+    for name, (method, cluster) in methods.items():
+        result = extractor.run([made_slide], tissue=method, save_dir=tmp_path / name, client=cluster, **WSI)
         store = dfx.open_features(result[made_slide])  # type: ignore[index, call-overload]
         assert store.mask is not None
         assert store.mask.method == name
@@ -198,7 +203,8 @@ def test_the_mask_that_was_used_goes_with_the_output(
         assert np.allclose(np.array(scale) * store.mask.cells.shape[::-1], slide.dimensions)
         grid = dfx.PatchGrid.over(slide, shape=64, mask=method)
         assert np.array_equal(store.coordinates.compute(), grid.coordinates)
-    again = extractor.run([made_slide], save_dir=tmp_path / "otsu", client=processes, **WSI)
+        assert not any("mask" in key or "tissue" in key for key in store.attrs["fingerprint"])
+    again = extractor.run([made_slide], save_dir=tmp_path / "otsu", client=client, **WSI)
     assert again[made_slide] == tmp_path / "otsu" / "made.zarr"  # type: ignore[index, call-overload]
 
 
@@ -223,14 +229,25 @@ def test_a_slides_own_mask_goes_before_how_tissue_is_found(
 
 
 def test_the_command_line_names_what_finds_tissue(
-    made_slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = ["extract", made_slide, "--encoder", "resnet18", "--weights", "random", "--quiet", "--resolution", 4]
-    line += ["--units", "mpp", "--patch", 64, "--mask", "hsv", "--out", tmp_path]
-    assert cli.main([str(part) for part in line]) == 0
-    found = dfx.open_features(capsys.readouterr().out.strip()).mask
-    assert found is not None
-    assert found.method == "hsv"
-    assert not np.array_equal(
-        found.cells, otsu(dfx.open_slide(made_slide).picture(dfx.open_slide(made_slide)._mask_view()))
-    )
+    asked: list[Any] = []
+
+    def run(self: object, images: object, *, masks: object, auto_get_mask: bool, tissue: object, **_: object) -> Any:
+        asked.append((masks, auto_get_mask, tissue))
+        return {}
+
+    monkeypatch.setattr(dfx.DeepFeatureExtractor, "run", run)
+    line = ["extract", str(made_slide), "--encoder", "resnet18", "--weights", "random", "--quiet", "--resolution", "4"]
+    line += ["--units", "mpp", "--patch", "64", "--out", str(tmp_path)]
+    masks: list[list[str]] = [[], ["--mask", "tissue"], ["--mask", "hsv"], ["--mask", "nets:dark"], ["--mask", "none"]]
+    for mask in [*masks, ["--mask", "m.png"]]:
+        assert cli.main([*line, *mask]) == 0
+    assert asked == [
+        (None, True, "otsu"),
+        (None, True, "otsu"),
+        (None, True, "hsv"),
+        (None, True, "nets:dark"),
+        (None, False, "otsu"),
+        (["m.png"], True, "otsu"),
+    ]
