@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def write_large_slide(path: Path, size: int, codec: str = "jpeg", seed: int = 0)
     texture = paint(PERIOD * 3, PERIOD * 3, seed)[PERIOD : 2 * PERIOD, PERIOD : 2 * PERIOD]
     texture = np.concatenate([texture, texture[::-1]])
     texture = np.concatenate([texture, texture[:, ::-1]], axis=1)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # another benchmark may be making it too
     with tifffile.TiffWriter(part, bigtiff=True) as out:
         for factor in (1, 4, 16):
             shape = texture.shape[1] // factor, texture.shape[0] // factor

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import dask
@@ -31,7 +30,7 @@ from dfx.errors import CallError, CallTypeError, StoreError
 from dfx.grid import PatchGrid
 from dfx.plan import BlockWork, Head, Options, Plan, head_names
 from dfx.slides import Slide
-from dfx.store import Columns, write_note
+from dfx.store import Columns, Place, write_note
 
 
 def patches(
@@ -46,7 +45,7 @@ def patches(
     check_pair(slide, grid)
     slide.check_picture(grid.view.level)
     work = BlockWork.of(slide, grid, (), options)
-    return map_steps(read_task, work, grid, (*grid.shape_yx, 3), np.dtype(np.uint8), "patches")
+    return map_steps(read_task, work, grid, (*grid.pixels_yx, 3), np.dtype(np.uint8), "patches")
 
 
 def features(
@@ -85,7 +84,7 @@ def make_plan(slide: Slide, grid: PatchGrid, encoders: Sequence[EncoderSpec], op
     """Plan a slide: check that its patches can be made, and find what the encoders give for them."""
     check_pair(slide, grid)
     slide.check_picture(grid.view.level)
-    return Plan(slide, grid, make_heads(encoders, grid.shape_yx), options)
+    return Plan(slide, grid, make_heads(encoders, grid.pixels_yx), options)
 
 
 def make_heads(encoders: Sequence[EncoderSpec], shape_yx: tuple[int, int], channels: int = 3) -> tuple[Head, ...]:
@@ -97,14 +96,14 @@ def make_heads(encoders: Sequence[EncoderSpec], shape_yx: tuple[int, int], chann
     )
 
 
-def lazy_features(plan: Plan, notes: Path | None = None) -> da.Array:
+def lazy_features(plan: Plan, notes: Place | None = None) -> da.Array:
     """Give a plan's features as a lazy array, several encoders' side by side.
 
-    A given module is to be shared with the workers before it is computed. `notes`: the folder where a
+    A given module is to be shared with the workers before it is computed. `notes`: the store in which a
     block notes its seconds, tiles that it could not decode, and a batch that it had to halve.
     """
     work = BlockWork.of(plan.slide, plan.grid, plan.heads, plan.options)
-    work = replace(work, needs=plan.needs, notes=None if notes is None else str(notes))
+    work = replace(work, needs=plan.needs, notes=notes)
     return map_steps(encode_task, work, plan.grid, plan.shape[1:], plan.dtype, "features")
 
 
@@ -170,7 +169,7 @@ def encode_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.floating[
     if work.notes is not None:
         said: dict[str, Any] = {"seconds": timed.seconds, "damaged_tiles": sorted(damaged)}
         said |= {"batch_size": batch} if batch < asked else {}
-        write_note(Path(work.notes), "-".join(map(str, steps_xy[0].tolist())), said)
+        write_note(work.notes, "-".join(map(str, steps_xy[0].tolist())), said)
     return found
 
 

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from dfx.annotations import polygons
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import whole_pair
+from dfx.remote import is_remote
 from dfx.resolution import check_resolution, one, pair
 from dfx.run import Item
 from dfx.slides import Slide
+from dfx.table import rows_of
 from dfx.tissue import Segment, as_mask, is_method, segment_of
 
 
@@ -109,24 +112,27 @@ def slide_items(
     wsireader_kwargs: Mapping[str, Any] | None,
     *,
     tissue: str | Segment | None,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> list[Item]:
     """Check slides, masks and labels of a call and bring them together; a slide given twice is one.
 
     `tissue`: what finds it on slides without a mask; None: every patch is kept.
     """
-    if isinstance(images, str | Path) or not isinstance(images, Sequence):
-        hint = "; for arrays of patches pass patch_mode=True" if isinstance(images, np.ndarray) else ""
-        raise CallTypeError(f"images must be a list of slides (paths or Slides), not {type(images).__name__}{hint}.")
-    check_count("masks", masks, len(images))
-    check_count("labels", labels, len(images))
+    rows = rows_of(images, storage_options)
+    for name, values in (("mask", masks), ("label", labels)):
+        check_count(f"{name}s", values, len(rows))
+        if values is not None and any(getattr(row, name) is not None for row in rows):
+            raise CallError(f"{images} has a column {name}, and {name}s are given too: leave one of them out.")
     mpp, power = metadata_of(wsireader_kwargs)
     items: dict[Any, Item] = {}
-    for n, image in enumerate(images):
-        slide, own_mpp, own_power = address_of(image)
-        mask = None if masks is None else masks[n]
+    for n, row in enumerate(rows):
+        image = row.given
+        slide, own_mpp, own_power = address_of(row.slide)
+        mask = row.mask if masks is None else masks[n]
         mask = tissue if mask is None else usable_mask(mask)
-        label = None if labels is None else plain_label(labels[n])
-        item = Item((image,), slide, mask, label, mpp or own_mpp, power or own_power)
+        label = row.label if labels is None else plain_label(labels[n])
+        own = row.mpp or mpp or own_mpp, row.power or power or own_power
+        item = Item((image,), slide, mask, label, *own, storage_options)
         same = items.setdefault(item.identity, item)
         if same is not item:
             if not same_mask(same.mask, mask) or same.label != label:
@@ -168,9 +174,15 @@ def address_of(image: Any) -> tuple[str | Path | Slide, Any, Any]:
 def usable_mask(mask: Any) -> Any:
     """Give a mask as `PatchGrid.over` takes it; refuse a kind that can't be used, or a file that is not there.
 
-    TIAToolbox's `VirtualWSIReader` is taken by its image.
+    "none" is None, as on the command line, and "tissue" is "otsu". TIAToolbox's `VirtualWSIReader` is taken by
+    its image.
     """
     if isinstance(mask, Slide):
+        return mask
+    if isinstance(mask, str) and mask in ("none", "tissue"):
+        return None if mask == "none" else "otsu"
+    if isinstance(mask, Mapping):
+        list(polygons(mask, "the mask"))
         return mask
     if isinstance(getattr(mask, "img", None), np.ndarray):
         mask = mask.img
@@ -181,12 +193,14 @@ def usable_mask(mask: Any) -> Any:
         return mask
     if not isinstance(mask, str | Path):
         raise CallTypeError(
-            f"a mask is None, an array (H, W), an image path, a Slide, a method's name or a function, "
+            f"a mask is None, an array (H, W), GeoJSON, an image path, a Slide, a method's name or a function, "
             f"not {type(mask).__name__}."
         )
-    if str(mask) != "tissue" and not Path(mask).is_file():
-        raise CallError(f"mask {mask} is not a file: give an image file, an array, or None.")
-    return mask if str(mask) == "tissue" else Path(mask).absolute()  # a worker may be in another folder
+    if is_remote(mask):
+        return mask
+    if not Path(mask).is_file():
+        raise CallError(f"mask {mask} is not a file: give an image file, GeoJSON, an array, or None.")
+    return Path(mask).absolute()  # a worker may be in another folder
 
 
 def metadata_of(wsireader_kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:

@@ -18,7 +18,9 @@ SLIDE, PICTURE = "demo.svs", "demo.png"
 
 def demo(out: str | Path, *, verbose: bool = True) -> tuple[Path, Path, Path]:
     """Make a slide, extract features with an untrained resnet18, draw them; gives slide, store, picture."""
-    folder = check_folder(out)
+    folder = check_folder(out).output
+    if not isinstance(folder, Path):
+        raise StoreError(f"{folder} is not on a mounted disk, where the demonstration is: give a folder with --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         slide = write_slide(folder / SLIDE)

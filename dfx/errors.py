@@ -22,6 +22,10 @@ class SlideError(DfxError):
     """A slide that can't be opened or read; it never ends a run of other slides."""
 
 
+class FormatError(SlideError):
+    """A slide of a kind that dfx does not read itself and OpenSlide may."""
+
+
 class TileError(SlideError):
     """A tile whose bytes are damaged; `on_bad_tile="fill"` goes on without it."""
 

@@ -27,7 +27,7 @@ from dfx.grid import check_ratio, whole_pair
 from dfx.plan import Options, head_names
 from dfx.progress import ProgressBar
 from dfx.run import TIMEOUT, Event, GridOptions, RunResult, one_or_named, raise_failures, run_slides
-from dfx.store import check_folder, check_ours, write_patch_mode
+from dfx.store import Place, check_folder, check_ours, write_patch_mode
 from dfx.tissue import Segment, segment_of
 
 
@@ -62,7 +62,7 @@ class DeepFeatureExtractor:
 
     def run(
         self,
-        images: Sequence[Any] | NDArray[Any],
+        images: Sequence[Any] | NDArray[Any] | str | Path,
         *,
         masks: Sequence[Any] | NDArray[Any] | None = None,
         input_resolutions: Sequence[Mapping[str, Any]] | None = None,
@@ -96,10 +96,11 @@ class DeepFeatureExtractor:
         return_probabilities: bool = True,
         class_dict: Mapping[Any, Any] | None = None,
         scale_factor: Any = None,
-    ) -> RunResult | dict[str, Any] | Path:
+    ) -> RunResult | dict[str, Any] | Path | str:
         """Extract features; nothing given here outlasts the call.
 
-        Slides (`patch_mode=False`): `images` are paths, `Slide`s or `WSIReader`s; gives input -> store (zarr), or
+        Slides (`patch_mode=False`): `images` are paths, `Slide`s or `WSIReader`s, patterns such as "slides/*.svs", or
+        a table of slides by its path (.csv, .txt; see `dfx.table.read_table`); gives input -> store (zarr), or
         input -> {"features", "coordinates", "labels"} (dict). Loose patches: `images` are a uint8
         (N, rows, columns, 3) array, a list of arrays or of image files; gives {"features", "labels"}
         or the store's path.
@@ -107,13 +108,17 @@ class DeepFeatureExtractor:
         - `input_resolutions`: `[{"resolution": 0.5, "units": "mpp"}]` (the first is read), units mpp, power, level or
           baseline; `patch_input_shape`, `stride_shape` (default: the patch): (rows, columns) there.
           `ioconfig`, an object or mapping with these three, goes before them.
-        - `masks`: one a slide, None, an array, an image path or a `Slide`; without one, `auto_get_mask` finds
-          tissue, by `tissue`: "otsu", "hsv" (leaves pen marks out) or a function, as in `Slide.tissue_mask`; each of
-          these may be a slide's mask too. `min_mask_ratio`: share of a patch that must be above this.
+        - `masks`: one a slide, None, an array, an image path, GeoJSON (a path or mapping) or a `Slide`; without
+          one, `auto_get_mask` finds tissue, by `tissue`: "otsu", "hsv" (leaves pen marks out) or a function, as in
+          `Slide.tissue_mask`; each of these may be a slide's mask too. `min_mask_ratio`: share of a patch that
+          must be above this.
         - `save_dir`: where stores go. One of the same plan is kept or resumed; one of another is an
           error, unless `overwrite`, which replaces stores that dfx made and nothing else.
         - `memory_threshold`: percent of a worker's memory above which batches are halved and blocks wait for
           others; also how far dict results may fill this process, before they are lazy over a store.
+        - Slides, masks and `save_dir` may be any URL that fsspec reads or writes. `storage_options`: those of its
+          file system, or a mapping of protocols ("s3") or URL prefixes ("s3://bucket/out") to such. They go to
+          workers, and are in no message, log or store; stores are then given by their URL (str).
         - `wsireader_kwargs`: `mpp` and `power` that go before the slides' own.
         - `client`: a Dask client; None: the current one, else a cluster inside this process.
         - `on_error`: "raise" a `RunError` when the other slides are done, or "skip" (see `.failures`).
@@ -150,7 +155,7 @@ class DeepFeatureExtractor:
             raise CallError("output_type='zarr' needs save_dir=, the folder for the stores.")
         if storage_options is not None and not isinstance(storage_options, Mapping):
             raise CallTypeError(f"storage_options must be a mapping, not {type(storage_options).__name__}.")
-        folder = None if save_dir is None else check_folder(save_dir)
+        folder = None if save_dir is None else check_folder(save_dir, storage_options)
         dask_client = cluster.check_client(client)
         shape, resolutions, stride = configuration(ioconfig, patch_input_shape, input_resolutions, stride_shape)
         show = self.verbose if verbose is None else bool(verbose)
@@ -166,7 +171,14 @@ class DeepFeatureExtractor:
             )
         where = GridOptions(shape, *resolution_of(resolutions), stride, check_ratio(min_mask_ratio))
         segment_of(tissue)
-        items = slide_items(images, masks, labels, wsireader_kwargs, tissue=tissue if auto_get_mask else None)
+        items = slide_items(
+            images,
+            masks,
+            labels,
+            wsireader_kwargs,
+            tissue=tissue if auto_get_mask else None,
+            storage_options=storage_options,
+        )
         cluster_or_client = cluster.client_or_embedded(dask_client, threads)
         with cluster_or_client as running, ProgressBar(len(items), show=show) as bar:
 
@@ -196,16 +208,16 @@ class DeepFeatureExtractor:
         shape: int | tuple[int, int] | None,
         options: Options,
         client: Any,
-        store: Path | None,
+        store: Place | None,
         overwrite: bool,
-    ) -> dict[str, Any] | Path:
+    ) -> dict[str, Any] | Path | str:
         wanted = None if shape is None else whole_pair(shape, "patch_input_shape")
         patches = loose.gather(images, wanted, any_kind=all(e.kind == "tiatoolbox" for e in self.encoders))
         check_count("labels", labels, len(patches.source))
         plain = None if labels is None else [plain_label(label) for label in labels]
         if store is not None:
             check_ours(store)
-            if store.exists() and any(store.iterdir()) and not overwrite:
+            if store.exists() and store.children() and not overwrite:
                 raise CallError(f"{store} exists: pass overwrite=True to replace it, or another output_file=.")
         heads = make_heads(self.encoders, patches.shape_yx, patches.channels)
         features = [loose.encode_all(patches, head, options, client or cluster.current_client()) for head in heads]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx import html
+from dfx.annotations import draw, is_annotation
+from dfx.coords import read_coords
 from dfx.errors import CallError, CallTypeError
+from dfx.remote import shown
 from dfx.resolution import Units, View
 from dfx.tissue import Mask, Segment, as_mask, is_method, method_name, read_mask
 
@@ -70,6 +74,14 @@ def whole_pair(value: Any, name: str) -> tuple[int, int]:
     return int(items[0]), int(items[1])
 
 
+def patch_shape(shape: Any) -> tuple[int, int]:
+    """Give the shape of a patch as (rows, columns); raises `CallError` for one that is too large."""
+    rows, columns = whole_pair(shape, "patch shape")
+    if rows * columns > MOST_PIXELS:
+        raise CallError(f"a patch of {rows} x {columns} pixels is more than {MOST_PIXELS:,}: use a smaller one.")
+    return rows, columns
+
+
 def check_ratio(ratio: object) -> float:
     """Give `min_mask_ratio` as a float from 0 to 1."""
     if isinstance(ratio, bool) or not isinstance(ratio, int | float | np.number):
@@ -108,15 +120,17 @@ def covered(
     return np.asarray((true > 0) & ((true == area) | (true > area * min_mask_ratio)))
 
 
-def mask_over(slide: HasViews, mask: object) -> Mask:
+def mask_over(slide: HasViews, mask: Any, storage_options: Mapping[str, Any] | None = None) -> Mask:
     """Give a mask over a slide as `PatchGrid.over` takes it; raises `CallError` or `CallTypeError`."""
+    if is_annotation(mask):
+        cells = draw(mask, slide.view(1.0, "baseline").size_xy)
+        return Mask(cells, "GeoJSON" if isinstance(mask, Mapping) else str(mask))
     if isinstance(mask, str) and mask == "tissue":
         mask = "otsu"
     if is_method(mask):
-        method: Any = mask
-        return Mask(slide.tissue_mask(method), method_name(method))
+        return Mask(slide.tissue_mask(mask), method_name(mask))
     if isinstance(mask, str | Path):
-        return Mask(read_mask(mask), str(mask))
+        return Mask(read_mask(mask, storage_options), shown(str(mask)))
     if isinstance(mask, HasThumbnail):
         return Mask(as_mask(mask.thumbnail(MASK_SIZE)), "slide")
     return Mask(as_mask(mask), "array")
@@ -136,6 +150,8 @@ class PatchGrid:
     """(N, 2): each patch's position in strides, (x, y)."""
     slide: str = ""
     """Identity of the slide that it was made for."""
+    resampled_yx: tuple[int, int] | None = None
+    """Rows and columns that a patch is resampled to, where they are not `shape_yx`."""
     mask: Mask | None = None
     """What chose the patches; None: nothing did."""
 
@@ -148,15 +164,18 @@ class PatchGrid:
         resolution: float | tuple[float, float] = 0.5,
         units: Units = "mpp",
         stride: int | tuple[int, int] | None = None,
-        mask: str | Path | NDArray[Any] | HasThumbnail | Segment | None = "tissue",
+        mask: str | Path | NDArray[Any] | Mapping[str, Any] | HasThumbnail | Segment | None = "tissue",
         min_mask_ratio: float = 0.0,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> PatchGrid:
         """Lay a grid over a slide and keep the patches under the mask.
 
         `shape` and `stride` (default: the shape) are (rows, columns) at the requested resolution;
         the grid starts at the slide's top left corner and its last patches may overhang. `mask`:
-        "tissue" (Otsu), "hsv" or a function (see `Slide.tissue_mask`), None (every patch), or what is stretched
-        over the whole slide: an array, an image path, or a `Slide` that is black outside.
+        "tissue" (Otsu), "hsv" or a function (see `Slide.tissue_mask`), None (every patch), what is stretched over
+        the whole slide: an array, an image path or URL (`storage_options` as in `open_slide`), or a `Slide` that is
+        black outside; or GeoJSON as QuPath exports it, a path that ends with .geojson or .json or a mapping:
+        polygons in level-0 pixels.
         `min_mask_ratio`: share of a patch that must be above this. Raises `ResolutionError` when
         the slide lacks the metadata that the units need, `CallError` for a bad value.
 
@@ -165,11 +184,7 @@ class PatchGrid:
         """
         if not isinstance(slide, HasViews):
             raise CallTypeError(f"a grid lies over a Slide, not a {type(slide).__name__}: open it with dfx.open_slide.")
-        shape_yx = whole_pair(shape, "patch shape")
-        if shape_yx[0] * shape_yx[1] > MOST_PIXELS:
-            raise CallError(
-                f"a patch of {shape_yx[0]} x {shape_yx[1]} pixels is more than {MOST_PIXELS:,}: use a smaller one."
-            )
+        shape_yx = patch_shape(shape)
         stride_yx = whole_pair(shape if stride is None else stride, "stride")
         min_mask_ratio = check_ratio(min_mask_ratio)
         view = slide.view(resolution, units)
@@ -181,13 +196,55 @@ class PatchGrid:
             )
         iy, ix = np.indices((rows, columns)).reshape(2, -1)
         steps = np.stack([ix, iy], axis=1)
-        used = None if mask is None else mask_over(slide, mask)
+        used = None if mask is None else mask_over(slide, mask, storage_options)
         if used is not None:
             origins = steps * np.array(stride_yx[::-1])
             steps = steps[covered(origins, shape_yx, view.size_xy, used.cells, min_mask_ratio)]
         order = np.lexsort((steps[:, 0], steps[:, 1], steps[:, 0] // STRIP))
         dtype = np.uint16 if max(rows, columns) <= 2**16 else np.uint32
-        return cls(shape_yx, stride_yx, view, steps[order].astype(dtype), slide.identity, used)
+        return cls(shape_yx, stride_yx, view, steps[order].astype(dtype), slide.identity, mask=used)
+
+    @classmethod
+    def from_h5(cls, path: str | Path, slide: HasViews) -> PatchGrid:
+        """Take the patches that TRIDENT or CLAM laid over a slide: their level-0 squares, resampled to their size.
+
+        `path`: an h5 file with `coords` and its attributes, of `patches/` or TRIDENT's features. The grid is at the
+        baseline, so `coordinates` are level-0 pixels; `pixels_yx` is what the encoder is given. Rows are ordered as
+        those of `over`, not as the file's, and `stride_yx` is 1 where corners lie on no lattice. Raises `CallError`
+        for what is no such file, or is another slide's.
+        """
+        if not isinstance(slide, HasViews):
+            raise CallTypeError(f"a grid lies over a Slide, not a {type(slide).__name__}: open it with dfx.open_slide.")
+        found = read_coords(path, lambda level: slide.view(level, "level").downsample)
+        baseline = slide.view(1.0, "baseline").size_xy
+        corners = found.corners_xy
+        if found.dimensions not in (None, baseline) or (corners >= baseline).any():
+            whose = " x ".join(map(str, found.dimensions or corners.max(axis=0) + found.size))
+            raise CallError(
+                f"{path} is of a slide of {whose} pixels, but {baseline[0]} x {baseline[1]} are given: "
+                "give the file of this slide."
+            )
+        read = slide.view(min(1.0, found.pixels / found.size), "baseline")
+        patch_shape(math.ceil(found.size / read.downsample))  # what is read
+        # Positions are baseline pixels whichever level they are read from: steps of 1 hold any corner exactly.
+        view = View(read.level, (read.downsample,) * 2, read.downsample, baseline, 1.0, "baseline")
+        stride = found.stride if not (corners % found.stride).any() else 1
+        order = np.lexsort((corners[:, 0], corners[:, 1], corners[:, 0] // (STRIP * found.stride)))
+        steps = corners[order] // stride
+        dtype = np.uint16 if steps.max(initial=0) < 2**16 else np.uint32
+        return cls(
+            (found.size, found.size),
+            (stride, stride),
+            view,
+            steps.astype(dtype),
+            slide.identity,
+            None if found.pixels == found.size else patch_shape(found.pixels),
+        )
+
+    @property
+    def pixels_yx(self) -> tuple[int, int]:
+        """Rows and columns of what the encoder is given."""
+        return self.resampled_yx or self.shape_yx
 
     def __len__(self) -> int:
         return len(self.steps_xy)

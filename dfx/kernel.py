@@ -33,8 +33,9 @@ def read(
     work: BlockWork,
     out: NDArray[np.uint8] | None = None,
     damaged: set[str] | None = None,
+    following: NDArray[Any] | None = None,
 ) -> NDArray[np.uint8]:
-    """Read the patches at some positions of a grid, uint8 (n, rows, columns, 3)."""
+    """Read the patches at some positions of a grid, uint8 (n, rows, columns, 3); `following` are read next."""
     grid = work.grid
     return read_patches(
         work.slide,
@@ -42,9 +43,11 @@ def read(
         grid.origins(steps_xy),
         grid.shape_yx,
         out,
+        pixels_yx=grid.pixels_yx,
         stride_yx=grid.stride_yx,
         fast=work.options.fast,
         damaged=damaged if work.options.on_bad_tile == "fill" else None,
+        following_xy=None if following is None else grid.origins(following),
     )
 
 
@@ -74,9 +77,9 @@ def encode_block(
     out = np.empty((len(steps_xy), edges[-1]), np.result_type(*(head.dtype for head in work.heads)))
     damaged = set() if damaged is None else damaged
     for start in range(0, len(steps_xy), size):
-        batch = steps_xy[start : start + size]
+        batch, following = steps_xy[start : start + size], steps_xy[start + size : start + 2 * size]
         with meter("dfx-read"):
-            patches = read(batch, work, batch_buffer(len(batch), work.grid.shape_yx), damaged)
+            patches = read(batch, work, batch_buffer(len(batch), work.grid.pixels_yx), damaged, following)
         for head, left, right in zip(work.heads, edges, edges[1:], strict=False):
             with meter("dfx-encode"):
                 found = encode(head.encoder, patches, batch_size=size, device=work.options.device, threads=threads)

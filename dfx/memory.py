@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +16,11 @@ from distributed.system import MEMORY_LIMIT
 from dfx.errors import MemoryShortage
 from dfx.plan import Needs
 
-__all__ = ["GUARD", "HARD", "MEMORY_LIMIT", "Guard", "fits", "resident", "room", "trim"]
+__all__ = ["GUARD", "HARD", "Guard", "allowed", "fits", "resident", "room", "trim"]
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+V2 = "memory.max", "memory.current", "inactive_file"
+V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 HARD = 95
 """Percent of the limit that is never planned to be passed; Dask kills workers there."""
 WAIT = 30
@@ -31,39 +32,43 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def free_in_cgroup(threshold: float = 100, root: Path = CGROUP) -> float:
-    """Bytes that may be taken before this container holds `threshold` percent of its limit; infinite without one.
+def cgroups(root: Path = CGROUP, own: Path = OWN) -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of each control group that this process is in and that has a limit.
 
-    Its other processes count too, which this process's own figures miss; cached files do not count.
+    A container's, or that of a batch job, whose processes see the host's tree; and those above it. Their other
+    processes count too, which this process's own figures miss; cached files do not count as used.
     """
-    for limit, used, stat, cache in (
-        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_inactive_file",
-        ),
-    ):
+    places = {(root, *V2): None, (root / "memory", *V1): None}
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory") or "memory" in controllers.split(","):
+            base, names = (root / "memory", V1) if controllers else (root, V2)
+            parts = path.strip("/").split("/")
+            places |= {(base.joinpath(*parts[:n]), *names): None for n in range(1, len(parts) + 1)}
+    for folder, limit, used, cache in places:
         try:
-            most = int((root / limit).read_text())
-            taken = int((root / used).read_text())
-            lines = (root / stat).read_text().splitlines()
+            most = int((folder / limit).read_text())
+            taken = int((folder / used).read_text())
+            lines = (folder / "memory.stat").read_text().splitlines()
         except (OSError, ValueError):  # not there, or "max"
             continue
-        reclaimable = next((int(line.split()[1]) for line in lines if line.startswith(f"{cache} ")), 0)
-        return most * threshold / 100 - taken + reclaimable
-    return math.inf
+        yield most, taken - next((int(line.split()[1]) for line in lines if line.startswith(f"{cache} ")), 0)
+
+
+def allowed() -> int:
+    """Bytes that this process may take: the least of host, control groups and rlimit."""
+    return min([int(MEMORY_LIMIT), *(most for most, _ in cgroups())])
 
 
 def room(threshold: float, limit: int | None = None) -> int:
     """Bytes that may be taken before memory in use is `threshold` percent of what this process, or its container,
     may take; negative beyond it. What others leave free on the host bounds it too.
 
-    `limit`: this process's own, as a Dask worker has it; None: the least of host, cgroup and rlimit.
+    `limit`: this process's own, as a Dask worker has it; None: all that is allowed.
     """  # noqa: D205
+    in_groups = [most * threshold / 100 - used for most, used in cgroups()]
     own = (limit or MEMORY_LIMIT) * threshold / 100 - resident()
-    return int(min(own, free_in_cgroup(threshold), psutil.virtual_memory().available))
+    return int(min(own, *in_groups, psutil.virtual_memory().available))
 
 
 def fits(nbytes: int, threshold: float) -> bool:
@@ -144,7 +149,7 @@ class Guard:
                     self._changed.wait(timeout=1)
                     trimmed = False
                 else:
-                    most = (limit or MEMORY_LIMIT) / 2**20
+                    most = (limit or allowed()) / 2**20
                     raise MemoryShortage(
                         f"no room for a block: {resident() / 2**20:,.0f} MB of {most:,.0f} MB are resident and "
                         f"{max(0, room(HARD, limit)) / 2**20:,.0f} MB are free below {HARD} percent, but "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -168,16 +168,16 @@ class Plan:
         if not len(self.grid):
             return Needs()
         origins = self.grid.origins(self.grid.steps_xy[: self.batch])
-        pixels = math.prod(self.grid.shape_yx)
-        sizes = [math.prod(head.encoder.input_size or self.grid.shape_yx) for head in self.heads]
+        pixels = math.prod(self.grid.pixels_yx)
+        sizes = [math.prod(head.encoder.input_size or self.grid.pixels_yx) for head in self.heads]
         resized = max((size for size in sizes if size != pixels), default=0)
         activations = max((head.activations for head in self.heads), default=0)
         level = self.slide.levels[self.grid.view.level]
         tiles = min(TILES.most, math.prod(level.shape_yx) * 3)
         return Needs(
-            shared=tiles + sum(head.weights for head in self.heads) + LIBRARIES,
+            shared=tiles + self.slide.kept + sum(head.weights for head in self.heads) + LIBRARIES,
             shared_a_patch=activations,
-            a_thread=working_memory(self.slide, self.grid.view, origins, self.grid.shape_yx)
+            a_thread=working_memory(self.slide, self.grid.view, origins, self.grid.shape_yx, self.grid.pixels_yx)
             + min(self.options.block_size, len(self.grid)) * self.shape[1] * self.dtype.itemsize
             + min(KEPT_A_THREAD, self.batch * activations),
             a_thread_a_patch=3 * (pixels + (pixels + resized) * FLOAT),
@@ -187,23 +187,29 @@ class Plan:
         """Bytes that a worker of `threads` threads takes beyond what it has, on a CPU."""
         return self.needs.of_worker(threads, self.batch) if len(self.grid) else 0
 
+    @property
+    def _pixels(self) -> dict[str, list[int]]:
+        return {} if self.grid.resampled_yx is None else {"pixels": list(self.grid.resampled_yx)}
+
     def fingerprint(self) -> dict[str, Any]:
         """All that the stored features depend on, as JSON values: equal exactly when a run may be resumed."""
-        view = self.grid.view
+        slide, view = self.slide, self.grid.view
         return {
             "format": FORMAT,
-            "slide": self.slide.identity,
+            "slide": slide.identity,
             "resolution": view.resolution_json,
             "units": view.units,
             "level": view.level,
             "scale": list(view.scale_xy),
             "patch_shape": list(self.grid.shape_yx),
             "stride": list(self.grid.stride_yx),
+            **self._pixels,
             "patches": len(self.grid),
             "coordinates": self.grid.digest,
             **describe_heads(self.heads, weights=False),
             "block_size": self.options.block_size,
             "reading": self.options.reading,
+            **({} if slide.backend == "tiff" else {"backend": slide.backend}),
         }
 
     def describe(self) -> dict[str, Any]:
@@ -216,11 +222,13 @@ class Plan:
                 "mpp": None if slide.mpp is None else list(slide.mpp),
                 "power": slide.power,
                 "vendor": slide.vendor,
+                "backend": slide.backend,
                 "notes": list(slide.notes),
             },
             "patches": {
                 "shape": list(self.grid.shape_yx),
                 "stride": list(self.grid.stride_yx),
+                **self._pixels,
                 "resolution": view.resolution_json,
                 "units": view.units,
                 "level": view.level,
@@ -293,26 +301,26 @@ class BlockWork:
     """How."""
     needs: Needs = Needs()
     """Memory that it takes."""
-    notes: str | None = None
-    """Folder for what is to be known of a block beside its features; None: nobody asks."""
+    notes: Any = None
+    """Store that takes what is to be known of a block beside its features; None: nobody asks."""
 
     @classmethod
     def of(cls, slide: Slide, grid: PatchGrid, heads: tuple[Head, ...], options: Options) -> BlockWork:
         """Take what tasks need of a slide and its grid."""
-        return cls(slide, PatchGrid(grid.shape_yx, grid.stride_yx, grid.view, grid.steps_xy[:0]), heads, options)
+        return cls(slide, replace(grid, steps_xy=grid.steps_xy[:0], slide="", mask=None), heads, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Values without field names: every task carries this, and a task is to stay below 4 kB.
         view, options = (tuple(getattr(part, f.name) for f in fields(part)) for part in (self.grid.view, self.options))
         heads = tuple((head.name, head.encoder.values(), head.dim, str(head.dtype)) for head in self.heads)
         needs = tuple(getattr(self.needs, f.name) for f in fields(self.needs))
-        grid = self.grid.shape_yx, self.grid.stride_yx, view
+        grid = self.grid.shape_yx, self.grid.stride_yx, self.grid.resampled_yx, view
         return _restored, (self.slide, *grid, heads, options, needs, self.notes)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         grid = self.grid
         heads = tuple((head.encoder, head.dim) for head in self.heads)
-        place = (grid.shape_yx, grid.stride_yx, grid.view)
+        place = (grid.shape_yx, grid.stride_yx, grid.resampled_yx, grid.view)
         return "dfx.BlockWork", self.slide.__dask_tokenize__(), *place, heads, self.options
 
 
@@ -320,12 +328,13 @@ def _restored(
     slide: Slide,
     shape_yx: tuple[int, int],
     stride_yx: tuple[int, int],
+    resampled_yx: tuple[int, int] | None,
     view: tuple[Any, ...],
     heads: tuple[tuple[str, tuple[Any, ...], int, str], ...],
     options: tuple[Any, ...],
     needs: tuple[int, ...],
-    notes: str | None,
+    notes: Any,
 ) -> BlockWork:
-    grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16))
+    grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16), resampled_yx=resampled_yx)
     made = tuple(Head(name, EncoderSpec(*values), dim, np.dtype(dtype)) for name, values, dim, dtype in heads)
     return BlockWork(slide, grid, made, Options(*options), Needs(*needs), notes)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dfx.resolution import View
 from dfx.slides import Slide
+from dfx.slides.ahead import AHEAD
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level
 from dfx.slides.slide import paste
@@ -96,60 +97,82 @@ def read_patches(
     shape_yx: tuple[int, int],
     out: NDArray[np.uint8] | None = None,
     *,
+    pixels_yx: tuple[int, int] | None = None,
     stride_yx: tuple[int, int] | None = None,
     fast: bool = False,
     damaged: set[str] | None = None,
+    following_xy: NDArray[np.integer] | None = None,
 ) -> NDArray[np.uint8]:
     """Read patches, uint8 RGB (N, rows, columns, 3).
 
-    `origins_xy`: int (N, 2), top left corners (x, y) at the view's resolution; `stride_yx`: from one
-    to the next where they are some of a grid, so that tiles on their border are kept for the
-    others. Pixels beyond the slide are white (255). A patch that needs no resampling has the file's
-    own pixels; shrinking averages areas, enlarging is cubic. `fast`: JPEG tiles that are shrunk by
-    a whole factor are halved while they are decoded, as often as the factor allows. Raises
+    `origins_xy`: int (N, 2), top left corners (x, y) at the view's resolution, of patches of `shape_yx`
+    there; `pixels_yx`: what they are resampled to, where not that; `stride_yx`: from one to the next where they
+    are some of a grid, so that tiles on their border are kept for the others. Pixels beyond the slide are
+    white (255). A patch that needs no resampling has the file's own pixels; shrinking averages areas,
+    enlarging is cubic. `fast`: JPEG tiles that are shrunk by a whole factor are halved while they are
+    decoded, as often as the factor allows. `following_xy`: patches that will be read next, whose tiles a
+    remote slide fetches meanwhile. Raises
     `SlideError` when a tile can't be read; with `damaged`, tiles that can't be decoded are white, and
     their names are added there.
     """
-    h, w = shape_yx
+    pixels_yx = pixels_yx or shape_yx
     if out is None:
-        out = RECYCLED.empty((len(origins_xy), *shape_yx, 3))
-    corners, (w, h) = view.rectangles(origins_xy, shape_yx)
-    boxes = np.concatenate([corners, corners + np.array([w, h])], axis=1)[:, [1, 0, 3, 2]]  # y0 x0 y1 x1
+        out = RECYCLED.empty((len(origins_xy), *pixels_yx, 3))
+    boxes, (w, h) = boxes_of(view, origins_xy, shape_yx)
+    following = None
+    if slide.source.prefetches and following_xy is not None and len(following_xy):
+        following, _ = boxes_of(view, following_xy, shape_yx)
     pitch = None if stride_yx is None else (stride_yx[0] / view.scale_xy[1], stride_yx[1] / view.scale_xy[0])
     level = slide.levels[view.level]
     outside = (boxes[:, :2] < 0) | (boxes[:, 2:] > level.shape_yx)
     beyond = np.asarray(outside.any(axis=1) | level.has_gaps | (damaged is not None))
-    factor = whole_factor(boxes, (h, w), shape_yx, level)
+    factor = whole_factor(boxes, (h, w), pixels_yx, level)
     if factor:
         out[beyond] = 255
         divides = (n for n in SHRINKS if fast and factor % n == 0 and slide.can_shrink(view.level, n))
         shrink = next(divides, 1)
         corners_yx = boxes[:, :2] // shrink
         for tile, (y, x), touching in slide.tiles(
-            view.level, boxes, rgb=True, pitch_yx=pitch, shrink=shrink, damaged=damaged
+            view.level, boxes, rgb=True, pitch_yx=pitch, shrink=shrink, damaged=damaged, following=following
         ):
             spread(tile, (y // shrink, x // shrink), corners_yx, touching, out, factor // shrink)
         return out
-    for start, stop in sub_blocks(boxes):
+    cuts = list(sub_blocks(boxes))
+    for n, (start, stop) in enumerate(cuts):
         part = boxes[start:stop]
+        then = boxes[slice(*cuts[n + 1])] if n + 1 < len(cuts) else following
         (y0, x0), (y1, x1) = part[:, :2].min(axis=0).tolist(), part[:, 2:].max(axis=0).tolist()
         pixels = canvas(y1 - y0, x1 - x0)
         if beyond[start:stop].any():
             pixels.fill(255)
-        for tile, (y, x), _ in slide.tiles(view.level, part, rgb=True, pitch_yx=pitch, damaged=damaged):
+        for tile, (y, x), _ in slide.tiles(view.level, part, rgb=True, pitch_yx=pitch, damaged=damaged, following=then):
             paste(pixels, tile, (y - y0, x - x0))
         for patch, (top, left, bottom, right) in zip(out[start:stop], (part - [y0, x0, y0, x0]).tolist(), strict=True):
             resample(pixels[top:bottom, left:right], patch)
     return out
 
 
-def working_memory(slide: Slide, view: View, origins_xy: NDArray[np.integer], shape_yx: tuple[int, int]) -> int:
+def boxes_of(
+    view: View, origins_xy: NDArray[np.integer], shape_yx: tuple[int, int]
+) -> tuple[NDArray[np.int64], tuple[int, int]]:
+    """Give patches as (y0, x0, y1, x1) on the level, int (N, 4), and their width and height there."""
+    corners, size_xy = view.rectangles(origins_xy, shape_yx)
+    return np.concatenate([corners, corners + np.array(size_xy)], axis=1)[:, [1, 0, 3, 2]], size_xy
+
+
+def working_memory(
+    slide: Slide,
+    view: View,
+    origins_xy: NDArray[np.integer],
+    shape_yx: tuple[int, int],
+    pixels_yx: tuple[int, int],
+) -> int:
     """Bytes that a thread takes to read these patches at once, the patches themselves not counted."""
-    corners, (w, h) = view.rectangles(origins_xy, shape_yx)
-    boxes = np.concatenate([corners, corners + np.array([w, h])], axis=1)[:, [1, 0, 3, 2]]
+    boxes, (w, h) = boxes_of(view, origins_xy, shape_yx)
     level = slide.levels[view.level]
     tile = 2 * int(np.prod(level.tile_yx)) * max(3, level.channels * level.dtype.itemsize)  # compressed and decoded
-    if whole_factor(boxes, (h, w), shape_yx, level):
+    tile += 2 * AHEAD if slide.source.prefetches else 0
+    if whole_factor(boxes, (h, w), pixels_yx, level):
         return tile
     canvases = (
         boxes[start:stop, 2:].max(axis=0) - boxes[start:stop, :2].min(axis=0) for start, stop in sub_blocks(boxes)

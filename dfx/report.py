@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from dfx import html
 from dfx.errors import CallError, DfxError, StoreError
 from dfx.pictures import Scene
-from dfx.store import Status, dfx_attributes, encoders_in, statuses, stored_mask, stored_slide, with_notes
+from dfx.store import Status, dfx_attributes, encoders_in, place_of, read_notes, statuses, stored_mask, stored_slide
 
 STAGES = ("read", "encode")
 """In the order of the columns; seconds of all threads, the wait for the device is in the last."""
@@ -68,15 +68,16 @@ class Row:
     """Why there is none."""
 
     @classmethod
-    def of(cls, status: Status, *, pictures: bool) -> Row:
+    def of(cls, status: Status, *, pictures: bool, storage_options: Mapping[str, Any] | None = None) -> Row:
         """Read what a store says; its slide is opened for a picture."""
-        path = status.path
-        said = with_notes(path, dfx_attributes(path) or {})
-        if not pictures:
-            return cls(status, said, None, "")
+        place = place_of(status.path, storage_options)
+        said = dfx_attributes(place) or {}
         try:
-            slide = stored_slide(path, said)
-            mask = stored_mask(zarr.open_group(str(path), mode="r"))
+            said |= read_notes(place, said)
+            if not pictures:
+                return cls(status, said, None, "")
+            slide = stored_slide(status.path, said, storage_options=storage_options)
+            mask = stored_mask(zarr.open_group(place.zarr(), mode="r", zarr_format=3))
             return cls(status, said, Scene.of(slide, np.empty((0, 4)), mask, PICTURE).outlined(), "")
         except (DfxError, OSError, KeyError, ValueError) as e:  # the page is about the stores that are there
             return cls(status, said, None, f"no picture: {e}")
@@ -115,19 +116,28 @@ class Row:
         return [*found, *self.said.get("slide", {}).get("notes", [])]
 
 
-def write_report(folder: str | Path, out: str | Path, *, pictures: bool = True) -> Path:
-    """Write a page on the stores of a folder; gives its path.
+def write_report(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    pictures: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a page on the stores of a folder, given by its path or URL; gives the page's path.
 
-    `pictures`: slides that are still there are opened for a thumbnail. Raises `StoreError` when the folder has no
+    `pictures`: slides that are still there are opened for a thumbnail. `storage_options`: of the file systems of
+    folder and slides, as in `open_slide`. Raises `StoreError` when the folder has no
     store of dfx, or the page can't be written; `CallError` when it does not end with .html.
     """
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise CallError(f"{out} does not end with .html: a report is an HTML page.")
-    ours = [status for status in statuses(folder) if status.state != "foreign"]
+    place = place_of(folder, storage_options)
+    ours = [status for status in statuses(place) if status.state != "foreign"]
     if not ours:
-        raise StoreError(f"{folder} has no store of dfx: give the folder that a run wrote to.")
-    text = page(str(Path(folder).absolute()), [Row.of(status, pictures=pictures) for status in ours])
+        raise StoreError(f"{place} has no store of dfx: give the folder that a run wrote to.")
+    rows = [Row.of(status, pictures=pictures, storage_options=storage_options) for status in ours]
+    text = page(str(place.output.absolute() if isinstance(place.output, Path) else place), rows)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -179,7 +189,7 @@ def line(row: Row) -> str:
     picture = f"<small>{escape(row.unseen)}</small>" if row.picture is None else html.image(row.picture, url)
     cells = [
         f"<td>{picture}</td>",
-        f'<td class="slide">{escape(status.path.name.removesuffix(".zarr"))}<br><small>{escape(url)}</small></td>',
+        f'<td class="slide">{escape(status.name.removesuffix(".zarr"))}<br><small>{escape(url)}</small></td>',
         f'<td class="{status.state}">{escape(state)}</td>',
         number(row.patches, f"{row.patches:,}"),
         *(number(row.seconds.get(stage, 0), f"{row.seconds.get(stage, 0):,.1f}") for stage in STAGES),

@@ -110,6 +110,8 @@ class View:
         """
         # 1 / downsample first, then divide: another order rounds some positions the other way.
         from_baseline = 1 / self.downsample * np.asarray(self.scale_xy)
+        if self.to_baseline == (1.0, 1.0):  # what is whole already stays so
+            from_baseline = np.ones(2)
         corner = np.rint(np.ceil(origins_xy / from_baseline) / self.downsample).astype(np.int64)
         size = np.rint(np.ceil(np.array(shape_yx[::-1]) / from_baseline) / self.downsample).astype(np.int64)
         return corner, (max(1, int(size[0])), max(1, int(size[1])))

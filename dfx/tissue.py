@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import CallError, CallTypeError
+from dfx.remote import is_remote, read_bytes, shown
 
 Thumbnail: TypeAlias = NDArray[np.uint8]
 Segment: TypeAlias = Callable[[Thumbnail], NDArray[Any]]
@@ -157,23 +159,27 @@ def method_name(method: str | Segment) -> str:
     return str(getattr(method, "name", None) or getattr(method, "__qualname__", type(method).__qualname__))
 
 
-def read_mask(path: str | Path) -> NDArray[np.bool_]:
-    """Read a mask from an image file or .npy: bool (H, W), true where it isn't zero (black)."""
-    path = Path(path)
+def read_mask(path: str | Path, storage_options: Mapping[str, Any] | None = None) -> NDArray[np.bool_]:
+    """Read a mask from an image file or .npy, a path or a URL: bool (H, W), true where it isn't zero (black)."""
+    name = shown(str(path))
     remedy = "give an image file (PNG, JPEG, TIFF), a .npy array, an array, 'tissue', 'hsv' or None."
-    if not path.is_file():
-        raise CallError(f"mask {path} is not a file: {remedy}")
-    if path.suffix.lower() == ".npy":
-        try:
-            return as_mask(np.load(path, allow_pickle=False))
-        except Exception as e:  # numpy raises ValueError, EOFError, TokenError, MemoryError and more
-            raise CallError(f"mask {path} can't be read ({type(e).__name__}: {e}): {remedy}") from e
+    if not is_remote(path) and not Path(path).is_file():
+        raise CallError(f"mask {name} is not a file: {remedy}")
     try:
-        image = cv2.imdecode(np.frombuffer(path.read_bytes() or b"\0", np.uint8), cv2.IMREAD_COLOR)
+        data = read_bytes(str(path), storage_options) if is_remote(path) else Path(path).read_bytes()
+    except OSError as e:
+        raise CallError(f"mask {name} can't be read ({e}): {remedy}") from None
+    if Path(name).suffix.lower() == ".npy":
+        try:
+            return as_mask(np.load(io.BytesIO(data), allow_pickle=False))
+        except Exception as e:  # numpy raises ValueError, EOFError, TokenError, MemoryError and more
+            raise CallError(f"mask {name} can't be read ({type(e).__name__}: {e}): {remedy}") from e
+    try:
+        image = cv2.imdecode(np.frombuffer(data or b"\0", np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as e:
-        raise CallError(f"mask {path} can't be read ({e}): {remedy}") from e
+        raise CallError(f"mask {name} can't be read ({e}): {remedy}") from e
     if image is None:
-        raise CallError(f"mask {path} is not an image that can be read: {remedy}")
+        raise CallError(f"mask {name} is not an image that can be read: {remedy}")
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) > 0)
 
 

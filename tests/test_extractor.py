@@ -269,12 +269,25 @@ def test_overwrite_removes_nothing_before_the_slide_is_known_to_be_good(
     assert dfx.open_features(tmp_path / "out" / "made.zarr").attrs["status"] == "complete"
 
 
-def test_a_store_that_was_cut_off_at_its_creation_is_made_again(
+def test_a_run_that_was_killed_while_it_made_a_store_leaves_nothing_that_lasts(
+    extractor: dfx.DeepFeatureExtractor, made_slide: Path, tmp_path: Path, client: distributed.Client
+) -> None:
+    killed, other = tmp_path / ".made.zarr.1f.partial", tmp_path / ".made.zarr.2e.partial"
+    for part in (killed, other):
+        (part / "features").mkdir(parents=True)
+    os.utime(killed, (0, 0))
+    extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
+    assert np.allclose(dfx.open_features(tmp_path / "made.zarr").features.compute(), expected(made_slide)[0], atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "made.zarr"]  # another run may be making that
+
+
+def test_a_store_whose_metadata_was_removed_is_made_again(
     extractor: dfx.DeepFeatureExtractor, made_slide: Path, tmp_path: Path, client: distributed.Client
 ) -> None:
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
-    layout.update(tmp_path / "made.zarr", status="created")
-    shutil.rmtree(tmp_path / "made.zarr" / "features")
+    (tmp_path / "made.zarr" / "zarr.json").unlink()
+    shutil.rmtree(tmp_path / "made.zarr" / "coordinates")
+    (tmp_path / "made.zarr" / "features" / "zarr.json").unlink()
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
     assert np.allclose(dfx.open_features(tmp_path / "made.zarr").features.compute(), expected(made_slide)[0], atol=1e-5)
 
@@ -456,7 +469,8 @@ def test_loose_patches_can_go_to_a_store(
         ({"output_type": "ZARR"}, CallError),
         ({"output_type": "h5"}, CallError),
         ({"save_dir": None}, CallError),
-        ({"save_dir": "s3://bucket/out"}, StoreError),
+        ({"save_dir": "memory://out"}, StoreError),
+        ({"save_dir": "https://example.org/out"}, StoreError),
         ({"on_error": "ignore"}, CallError),
         ({"masks": [None, None]}, CallError),
         ({"masks": "tissue"}, CallTypeError),

@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from dfx.cli import demo, encoders, extract, info, report, show, status
+from dfx.cli import demo, encoders, export, extract, info, report, show, status
 from dfx.cli.codes import BAD_CALL, DONE, FAILURES, INTERRUPTED
 from dfx.errors import DfxError, RunError
 
 __all__ = ["BAD_CALL", "DONE", "FAILURES", "INTERRUPTED", "main", "parser"]
 
-COMMANDS = (extract, info, status, report, encoders, show, demo)
+COMMANDS = (extract, info, status, report, encoders, show, export, demo)
 """In the order of `dfx --help`."""
 
 

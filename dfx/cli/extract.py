@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import nullcontext
 from typing import Any
 
+from dfx.cli import storage
 from dfx.cli.codes import DONE
 from dfx.errors import CallError
+from dfx.remote import shown
 
 
 def add(commands: Any) -> None:
     """Describe the command."""
     p = commands.add_parser("extract", help="extract the features of slides into zarr stores; resumes by itself")
     p.set_defaults(command=run)
-    p.add_argument("slides", nargs="+", metavar="SLIDE", help="a slide's file")
+    p.add_argument(
+        "slides", nargs="*", metavar="SLIDE", help="a slide's file or URL, or a quoted pattern: 'slides/*.svs'"
+    )
+    p.add_argument(
+        "--table",
+        metavar="FILE",
+        help="slides of a table: .csv with columns slide, mpp, power, mask, label (slide is needed), or .txt",
+    )
     p.add_argument(
         "--encoder",
         required=True,
@@ -39,11 +47,11 @@ def add(commands: Any) -> None:
         default="tissue",
         metavar="tissue|hsv|none|PATH",
         help="which patches are kept (default: tissue, by Otsu's threshold); hsv leaves pen marks out; "
-        "MODULE:FUNCTION finds tissue on a thumbnail; a file is one slide's",
+        "MODULE:FUNCTION finds tissue on a thumbnail; a file, an image or GeoJSON, is one slide's",
     )
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
-    p.add_argument("--out", required=True, metavar="DIR", help="folder of the stores")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the stores, or its URL")
     p.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask cluster (default: one inside this process)")
     p.add_argument("--overwrite", action="store_true", help="replace stores of another plan")
     p.add_argument(
@@ -63,7 +71,7 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--memory-threshold", type=float, default=80, metavar="P", help="percent of memory to stay below (default: 80)"
     )
-    p.add_argument("--storage-options", type=json.loads, metavar="JSON", help="options of the file systems")
+    storage.add(p)
     p.add_argument(
         "--on-bad-tile",
         choices=["fail", "fill"],
@@ -80,14 +88,21 @@ def run(args: argparse.Namespace) -> int:
     """Extract the features of slides."""
     from dfx import cluster
     from dfx.extractor import DeepFeatureExtractor
+    from dfx.table import read_table, rows_of
     from dfx.tissue import is_method
 
-    if args.storage_options is not None and not isinstance(args.storage_options, dict):
-        raise CallError("--storage-options must be a JSON object.")
+    options = storage.options(args)
+    if bool(args.slides) == bool(args.table):
+        raise CallError("give slides, or --table with a file that names them.")
+    if args.table:
+        read_table(args.table, options)
+    slides = args.table or [row.given for row in rows_of(args.slides, options)]
     method = "otsu" if args.mask in ("tissue", "none") else args.mask if is_method(args.mask) else None
-    if method is None and len(args.slides) > 1:
+    if method is None and (args.table or len(slides) > 1):
+        count = "those of a table" if args.table else f"{len(slides)}"
         raise CallError(
-            f"--mask {args.mask} is one slide's mask, but there are {len(args.slides)} slides: run each alone."
+            f"--mask {args.mask} is one slide's mask, but the slides are {count}: run each alone, "
+            "or give masks in a column of --table."
         )
     model: Any = args.encoder if len(args.encoder) > 1 else args.encoder[0]
     weights: Any = args.weights[0] if args.weights and len(args.weights) == 1 else args.weights
@@ -98,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             model, args.batch_size, weights=weights, device=args.device, verbose=not args.quiet
         )
         result = extractor.run(
-            args.slides,
+            slides,
             masks=None if method else [args.mask],
             patch_mode=False,
             input_resolutions=[{"resolution": resolution, "units": args.units}],
@@ -114,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
             block_timeout=args.block_timeout,
             memory_threshold=args.memory_threshold,
             wsireader_kwargs={name: value for name, value in given.items() if value is not None},
-            storage_options=args.storage_options,
+            storage_options=options,
             client=client,
             on_error=args.on_error,
         )
@@ -122,5 +137,5 @@ def run(args: argparse.Namespace) -> int:
     for store in result.values():
         print(store)
     for slide, error in getattr(result, "failures", {}).items():
-        print(f"dfx: {slide} failed: {error}", file=sys.stderr)
+        print(f"dfx: {shown(str(slide))} failed: {error}", file=sys.stderr)
     return DONE

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from dfx.cli import storage
 from dfx.cli.codes import DONE, FAILURES
 from dfx.errors import DfxError
 
@@ -15,16 +16,17 @@ def add(commands: Any) -> None:
     p = commands.add_parser("info", help="say what a slide is: vendor, levels, tiles, codec, mpp, power")
     p.set_defaults(command=run)
     p.add_argument("slides", nargs="+", metavar="SLIDE")
+    storage.add(p)
 
 
 def run(args: argparse.Namespace) -> int:
     """Say what slides are, one after another; a bad one is a line of error."""
     from dfx.slides import open_slide
 
-    bad = 0
+    bad, storage_options = 0, storage.options(args)
     for n, path in enumerate(args.slides):
         try:
-            slide = open_slide(path)
+            slide = open_slide(path, storage_options=storage_options)
         except DfxError as e:
             print(f"dfx: error: {e}", file=sys.stderr)
             bad += 1
@@ -36,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         print(*[""] * (n > 0), slide.url, sep="\n" if n else "")
         rows = {
             "vendor": slide.vendor,
+            "backend": slide.backend,
             "dimensions": f"{slide.dimensions[0]} x {slide.dimensions[1]}",
             "levels": ", ".join(f"{level.dimensions[0]} x {level.dimensions[1]}" for level in slide.levels),
             "downsamples": ", ".join(f"{level.downsample:g}" for level in slide.levels),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dfx.cli import storage
 from dfx.cli.codes import DONE
 
 
@@ -15,6 +16,7 @@ def add(commands: Any) -> None:
     p.add_argument("store", metavar="STORE")
     p.add_argument("--out", required=True, metavar="PNG")
     p.add_argument("--slide", metavar="PATH", help="where the slide lies now, if it moved")
+    storage.add(p)
     p.add_argument("--encoder", metavar="NAME", help="whose features are drawn, where there are several")
     what = p.add_mutually_exclusive_group()
     what.add_argument(
@@ -35,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from dfx.slides import open_slide
     from dfx.store import open_features
 
-    features = open_features(args.store, args.encoder)
-    slide = open_slide(args.slide) if args.slide else None
+    options = storage.options(args)
+    features = open_features(args.store, args.encoder, options)
+    slide = open_slide(args.slide, storage_options=options) if args.slide else None
     if args.contact_sheet is not None:
         picture = features.contact_sheet(args.contact_sheet, columns=args.columns, slide=slide)
     else:

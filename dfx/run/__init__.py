@@ -10,6 +10,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, T
 from dfx.run.item import Item
 from dfx.run.job import labelled, one_or_named
 from dfx.run.planning import GridOptions, Planned, Request
-from dfx.store import check_ours, open_features
+from dfx.store import Place, check_ours, open_features, place_of
 
 __all__ = [
     "TIMEOUT",
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 
 LONGEST = 120
 """Bytes of a slide's stem that go into a name; file systems take 255 with what is added."""
+AT_ONCE = 16
+"""Places of stores that are looked at together."""
 TIMEOUT = 3600.0
 """Seconds after which a block is given up, unless told otherwise."""
 
@@ -83,7 +86,7 @@ def run_slides(
     options: Options,
     client: distributed.Client,
     *,
-    save_dir: Path | None,
+    save_dir: Place | None,
     overwrite: bool = False,
     in_memory: bool = False,
     block_timeout: float = TIMEOUT,
@@ -105,11 +108,11 @@ def run_slides(
     if in_memory and save_dir is not None:
         log.warning("output_type='dict' writes nothing to %s while features fit in memory: 'zarr' does.", save_dir)
     if save_dir is not None:
-        for name in names.values():
-            check_ours(save_dir / name)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(check_ours, (save_dir / name for name in names.values())))
 
-    def path_of(item: Item) -> Path:
-        return (save_dir or result.make_cache()) / names[item.identity]
+    def place_of_item(item: Item) -> Place:
+        return (save_dir or place_of(result.make_cache())) / names[item.identity]
 
     def keeps(planned: Planned) -> bool:
         if not memory.fits(planned.nbytes + sum(promised.values()), threshold):
@@ -120,17 +123,17 @@ def run_slides(
     for encoder in [*encoders, *(item.mask.encoder for item in items if isinstance(item.mask, Segmenter))]:
         cluster.share(encoder, client)
     requests = (
-        (item, Request(item, tuple(encoders), where, options, None if kept else path_of(item), overwrite))
+        (item, Request(item, tuple(encoders), where, options, None if kept else place_of_item(item), overwrite))
         for item in items
     )
     outputs: dict[Any, Any] = {}
-    for event in Driver(client, requests, keeps=keeps, cache=path_of, timeout=block_timeout).events():
+    for event in Driver(client, requests, keeps=keeps, cache=place_of_item, timeout=block_timeout).events():
         if isinstance(event, Planned) and not event.patches:
             address = event.item.address
             warnings.warn(f"{address} has no patch under its mask: its features are empty.", UserWarning, stacklevel=2)
         elif isinstance(event, SlideDone):
             promised.pop(event.item.identity, None)
-            event = replace(event, output=in_arrays(event)) if in_memory else event
+            event = replace(event, output=in_arrays(event) if in_memory else event.output.output)
             outputs[event.item.identity] = event.output
             log.info("%s is done", event.item.address)
         elif isinstance(event, SlideFailed):
@@ -171,7 +174,7 @@ def output_names(items: Sequence[Item]) -> dict[Any, str]:
 
     def names(item: Item) -> Iterator[str]:
         path = Path(item.address)
-        digest = hashlib.sha256(os.fsencode(path) + repr(item.overrides).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(os.fsencode(path) + repr(item.identity[1:]).encode()).hexdigest()[:8]
         ending = path.suffix.lstrip(".").lower()
         stem = os.fsencode(path.stem).decode("utf-8", "replace")
         if len(os.fsencode(path.stem)) > LONGEST or "\ufffd" in stem:  # what zarr and file systems take

@@ -8,7 +8,6 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import cast
 
 import dask
@@ -53,7 +52,7 @@ class Driver:
         requests: Iterable[tuple[Item, Request]],
         *,
         keeps: Callable[[Planned], bool],
-        cache: Callable[[Item], Path],
+        cache: Callable[[Item], store.Place],
         timeout: float,
     ) -> None:
         """Take the slides to be made.
@@ -210,8 +209,8 @@ class Driver:
 
     def _planned(self, flight: Planning, planned: Planned) -> Iterator[Event]:
         planned = replace(planned, item=flight.item)
-        if planned.path is None and not self._keeps(planned):
-            self._again.append(Planning(replace(flight.request, path=self._cache(flight.item)), flight.item))
+        if planned.place is None and not self._keeps(planned):
+            self._again.append(Planning(replace(flight.request, place=self._cache(flight.item)), flight.item))
             return
         yield planned
         job = Job(planned)
@@ -230,11 +229,11 @@ class Driver:
             yield from self._close(job)
 
     def _close(self, job: Job) -> Iterator[Event]:
-        path = job.planned.path
-        if path is None:
+        place = job.planned.place
+        if place is None:
             yield SlideDone(job.item, job.result())
         else:
-            self._start(f"dfx-close-{uuid.uuid4().hex}", Finish(path), Closing(job))
+            self._start(f"dfx-close-{uuid.uuid4().hex}", Finish(place), Closing(job))
 
     def _may_try_again(self, flight: Flight, error: BaseException | None) -> bool:
         name: object = (flight.job, flight.number) if isinstance(flight, Block) else flight
@@ -268,11 +267,11 @@ class Driver:
             del self._flying[other]
         if others:
             self.client.cancel(others)
-        if job.planned.path is not None:
+        if job.planned.place is not None:
             try:
-                store.fail(job.planned.path, str(error))
+                store.fail(job.planned.place, str(error))
             except (OSError, ValueError, KeyError) as e:  # the disk that failed the block; a store that was removed
-                log.warning("%s can't note its failure: %s", job.planned.path, e)
+                log.warning("%s can't note its failure: %s", job.planned.place, e)
         yield SlideFailed(job.item, error)
 
     # What becomes of workers

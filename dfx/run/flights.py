@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
-from dask.typing import Key
 from distributed.scheduler import KilledWorker
 
 from dfx import store
@@ -14,6 +12,7 @@ from dfx.errors import DfxError, SlideError, StoreError
 from dfx.run.item import Item
 from dfx.run.job import Job
 from dfx.run.planning import Request
+from dfx.store import Place
 
 TRIES = 3
 """Times that something is tried that failed for no fault of its own."""
@@ -39,10 +38,9 @@ class Block:
     """Address of the worker that runs nothing else."""
 
     @property
-    def key(self) -> Key:
-        """Of its task."""
-        key = self.job.planned.tasks.keys[self.number]
-        return (f"{key[0]}-{self.attempt}", *key[1:]) if self.attempt and isinstance(key, tuple) else key
+    def key(self) -> str:
+        """Of its task. One name for the blocks of all slides: Dask keeps what it knows of each name for ever."""
+        return f"dfx-block-{self.job.id}-{self.number}-{self.attempt}"
 
     def __str__(self) -> str:
         return f"block {self.number} of {self.job.address}"
@@ -62,14 +60,14 @@ Flight: TypeAlias = Planning | Block | Closing
 class Finish:
     """Closes a store, as a task."""
 
-    path: Path
+    place: Place
 
     def __call__(self) -> None:
         """Do it; raises `StoreError`."""
         try:
-            store.finish(self.path)
+            store.finish(self.place)
         except (OSError, ValueError, KeyError) as e:
-            raise StoreError(f"{self.path} can't be closed ({e}): check the disk and run again to resume.") from e
+            raise StoreError(f"{self.place} can't be closed ({e}): check the disk and run again to resume.") from e
 
 
 def described(flight: Flight, status: str, error: BaseException | None) -> DfxError:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from dfx.remote import is_remote, shown
 from dfx.slides import Slide, open_slide
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Item:
     """One slide of a run, as the user gave it."""
 
@@ -26,13 +29,27 @@ class Item:
     """Goes before the file's."""
     power: float | None = None
     """Goes before the file's."""
+    storage_options: Mapping[str, Any] | None = field(default=None, hash=False)
+    """Of the file systems of slide and mask; never told."""
+
+    def __repr__(self) -> str:
+        return f"Item({self.address})"
 
     def open(self) -> Slide:
         """Open the slide; raises `SlideError`."""
         if isinstance(self.slide, Slide) and self.overrides == self.slide.overrides:
             return self.slide
         mpp, power = self.overrides
-        return open_slide(self.address, mpp=mpp, power=power)
+        if isinstance(self.slide, Slide):
+            at, options = self.slide.source.address, self.slide.storage_options
+            return open_slide(at, mpp, power, options, backend=self.backend)
+        return open_slide(self._url, mpp, power, self.storage_options)
+
+    @property
+    def backend(self) -> Literal["auto", "openslide"]:
+        """What an open slide was opened by, where that is not what would read its file anyway."""
+        chosen = isinstance(self.slide, Slide) and self.slide.backend != "tiff"
+        return "openslide" if chosen else "auto"
 
     @property
     def overrides(self) -> tuple[Any, Any]:
@@ -42,10 +59,20 @@ class Item:
 
     @property
     def address(self) -> str:
-        """Where the slide lies."""
-        return self.slide.url if isinstance(self.slide, Slide) else os.path.abspath(self.slide)  # noqa: PTH100
+        """Where the slide lies, as it may be told."""
+        return shown(self._url)
+
+    @property
+    def _url(self) -> str:
+        if isinstance(self.slide, Slide):
+            return self.slide.source.address
+        if is_remote(self.slide):
+            return str(self.slide)
+        return os.path.abspath(str(self.slide).removeprefix("file://"))  # noqa: PTH100
 
     @property
     def identity(self) -> tuple[Any, ...]:
         """Equal for the same file read the same way."""
-        return self.address, *self.overrides
+        told = self.address  # two files of a server may differ in their query alone
+        same = [] if told == self._url else [hashlib.sha256(self._url.encode()).hexdigest()]
+        return told, *self.overrides, self.backend, *same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ class Job:
     """What is still to be done for a slide, and what came of it."""
 
     def __init__(self, planned: Planned) -> None:
+        self.id = uuid.uuid4().hex
+        """Names it to the cluster."""
         self.planned = planned
         self.item = planned.item
         self.todo = list(planned.todo)
@@ -28,7 +31,7 @@ class Job:
         """Whether what comes back of it is to be ignored."""
         self.kept: NDArray[Any] | None = None
         """Where blocks are kept that come back."""
-        if planned.path is None:
+        if planned.place is None:
             self.kept = np.empty((planned.patches, sum(planned.dims)), np.result_type(*planned.dtypes))
 
     @property
@@ -42,9 +45,9 @@ class Job:
         return taken
 
     def result(self) -> Any:
-        """Give the store's path, or what was kept."""
+        """Give the store's place, or what was kept."""
         if self.kept is None:
-            return self.planned.path
+            return self.planned.place
         edges = np.cumsum(self.planned.dims)[:-1]
         parts = [
             part.astype(dtype, copy=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -17,7 +16,7 @@ from dfx.grid import PatchGrid
 from dfx.plan import Options, Plan
 from dfx.resolution import Units
 from dfx.run.item import Item
-from dfx.store import Store
+from dfx.store import Place, Store
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Planned:
     """And their data types."""
     projected: int
     """Bytes that a worker of the cluster takes for it."""
-    path: Path | None = None
+    place: Place | None = None
     """The store where blocks are written; None: they are given."""
     coordinates: NDArray[np.int64] | None = None
     """Of the patches, where there is no store."""
@@ -97,7 +96,7 @@ class Request:
     """Where."""
     options: Options
     """How."""
-    path: Path | None
+    place: Place | None
     """Where the store is to be; None: blocks come back."""
     overwrite: bool
     """Whether a store of another plan is replaced."""
@@ -107,15 +106,15 @@ class Request:
         plan = self.plan()
         threads = cluster.task_threads() or 1
         check_room(plan, self.options.memory_threshold, cluster.memory_limit())
-        if self.path is None:
+        if self.place is None:
             tasks, todo, coordinates = arrays.Tasks.of(arrays.lazy_features(plan)), None, plan.grid.coordinates
         else:
             coordinates = None
             try:
-                store = Store.prepare(self.path, plan, self.item.label, overwrite=self.overwrite)
+                store = Store.prepare(self.place, plan, self.item.label, overwrite=self.overwrite)
             except OSError as e:
-                raise StoreError(f"{self.path} can't be written ({e}): check the disk and its permissions.") from e
-            lazy = arrays.written(arrays.lazy_features(plan, store.notes), store.target) if len(plan.grid) else None
+                raise StoreError(f"{self.place} can't be written ({e}): check the disk and its permissions.") from e
+            lazy = arrays.written(arrays.lazy_features(plan, store.place), store.target) if len(plan.grid) else None
             tasks = arrays.Tasks.of(da.empty((0,)) if lazy is None else lazy)
             todo = store.missing()
         blocks = list(range(plan.blocks)) if todo is None else todo
@@ -131,7 +130,7 @@ class Request:
             dims=tuple(head.dim for head in plan.heads),
             dtypes=tuple(head.dtype for head in plan.heads),
             projected=plan.projected(threads),
-            path=self.path,
+            place=self.place,
             coordinates=coordinates,
         )
 
@@ -148,6 +147,7 @@ class Request:
                 stride=where.stride,
                 mask=self.item.mask,
                 min_mask_ratio=where.min_mask_ratio,
+                storage_options=self.item.storage_options,
             )
         except OSError as e:
             raise SlideError(f"{self.item.address} can't be read ({e}): check the disk and the file.") from e
@@ -159,7 +159,7 @@ def check_room(plan: Plan, threshold: float | None, limit: int | None) -> None:
     if threshold is None or not len(plan.grid):
         return
     least = plan.needs.of_worker(1, 1)
-    most = (limit or memory.MEMORY_LIMIT) * memory.HARD // 100
+    most = (limit or memory.allowed()) * memory.HARD // 100
     if least > most:
         raise MemoryShortage(
             f"{plan.slide.url} takes {least / 2**20:,.0f} MB with one thread and one patch a batch "

@@ -59,6 +59,9 @@ class Tiles:
         self._lock = threading.Lock()
         self._tiles: dict[Any, NDArray[Any]] = {}
 
+    def __contains__(self, key: Any) -> bool:
+        return key in self._tiles
+
     def get(self, key: Any) -> NDArray[Any] | None:
         """Give a tile, or None."""
         return self._tiles.get(key)

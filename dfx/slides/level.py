@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +11,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dfx.errors import TileError
+from dfx.slides.source import ByteSource
 
 Colour: TypeAlias = Literal["rgb", "rgba", "rgba-associated", "grey", "other"]
 
@@ -26,8 +30,8 @@ class Decode(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class TileGrid:
-    """A rectangle of equal tiles, as the file stores them."""
+class TileGrid(ABC):
+    """A rectangle of equal tiles: the seam between a slide and what gives its pixels."""
 
     origin_yx: tuple[int, int]
     """Where the rectangle's first pixel lies on the level."""
@@ -35,19 +39,29 @@ class TileGrid:
     """Its rows and columns of pixels; the last tiles may be padded beyond."""
     tile_yx: tuple[int, int]
     """Rows and columns of a tile."""
-    offsets: NDArray[np.int64]
-    """(planes, rows, columns) byte offset of each tile; 0 where the file has none."""
-    counts: NDArray[np.int64]
-    """(planes, rows, columns) bytes of each tile; 0 where the file has none."""
-    decoders: tuple[Decode, ...]
-    """One a plane."""
-    shrunk: Callable[[bytes, int], NDArray[np.uint8]] | None = None
-    """Decodes a tile to a half, quarter or eighth of its size (see `UsualJpeg`); None: this page's can't be."""
 
-    @cached_property
+    @property
+    @abstractmethod
     def present(self) -> NDArray[np.bool_]:
-        """(rows, columns): which tiles the file has."""
-        return np.asarray(((self.counts > 0) & (self.offsets > 0)).all(axis=0))
+        """(rows, columns): which tiles there are."""
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether tiles can be decoded to a part of their size."""
+        return False
+
+    @abstractmethod
+    def tile(self, source: ByteSource, row: int, column: int, name: str, *, scratch: bool, shrink: int) -> NDArray[Any]:
+        """Give a tile's pixels (rows, columns, channels), those beyond `shape_yx` where it is padded too.
+
+        `source`: the slide's file. `scratch`: they may lie in a buffer of this thread, which the next
+        call overwrites. `shrink`: to so small a part of its size, where `can_shrink`. Safe in threads.
+        Raises `TileError`, which calls the tile by `name`, when it is damaged; `SlideError` when it can't be read.
+        """
+
+    def pieces(self, row: int, column: int) -> list[tuple[int, int]]:
+        """Where the bytes of a tile lie, that they may be fetched ahead: (offset, count); none where nobody knows."""
+        return []
 
     def touching(self, boxes: NDArray[np.int64]) -> dict[tuple[int, int], list[int]]:
         """Which boxes touch each tile that the file has: (row, column) -> indices, row after row.
@@ -86,6 +100,57 @@ class TileGrid:
 
         rows, columns = along(0), along(1)
         return {(r, c) for (r, c), found in touching.items() if len(found) < rows[r] * columns[c]}
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTiles(TileGrid):
+    """Tiles that dfx itself finds in a file and decodes."""
+
+    offsets: NDArray[np.int64]
+    """(planes, rows, columns) byte offset of each tile; 0 where the file has none."""
+    counts: NDArray[np.int64]
+    """(planes, rows, columns) bytes of each tile; 0 where the file has none."""
+    decoders: tuple[Decode, ...]
+    """One a plane."""
+    shrunk: Callable[[bytes, int], NDArray[np.uint8]] | None = None
+    """Decodes a tile to a half, quarter or eighth of its size (see `UsualJpeg`); None: this page's can't be."""
+
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """(rows, columns): which tiles the file has."""
+        return np.asarray(((self.counts > 0) & (self.offsets > 0)).all(axis=0))
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether its JPEG tiles can be."""
+        return self.shrunk is not None
+
+    def pieces(self, row: int, column: int) -> list[tuple[int, int]]:
+        """Where the bytes of a tile lie: (offset, count) of each plane."""
+        at = slice(None), row, column
+        return list(zip(self.offsets[at].tolist(), self.counts[at].tolist(), strict=True))
+
+    def tile(self, source: ByteSource, row: int, column: int, name: str, *, scratch: bool, shrink: int) -> NDArray[Any]:
+        """Read a tile's bytes and decode them."""
+        at = self.pieces(row, column)
+        if any(offset < 0 or count < 0 or offset + count > source.size for offset, count in at):
+            raise TileError(
+                name, f"{name} lies past the end of the file, which has {source.size} bytes: copy the slide again."
+            )
+        index = row * self.offsets.shape[2] + column
+        planes = []
+        for data, decode in zip(source.read(at), self.decoders, strict=True):
+            try:
+                if shrink > 1:
+                    assert self.shrunk is not None
+                    planes.append(self.shrunk(data, shrink))
+                else:
+                    planes.append(decode(data, index, scratch=scratch and len(at) == 1))
+            except Exception as e:  # codecs raise many kinds; none of them says which tile
+                raise TileError(
+                    name, f"{name} can't be decoded ({e}): the file is damaged; copy or export it again."
+                ) from e
+        return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
 
 
 @dataclass(frozen=True, eq=False)

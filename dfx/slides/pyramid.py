@@ -11,7 +11,7 @@ from dfx.errors import SlideError
 from dfx.slides import vendors
 from dfx.slides.decode import colour_of, decoder
 from dfx.slides.jpeg import UsualJpeg
-from dfx.slides.level import Level, TileGrid
+from dfx.slides.level import Level, StoredTiles
 
 CODECS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003: "JPEG 2000 (YCbCr)"}
 CODECS |= {33005: "JPEG 2000", 34712: "JPEG 2000", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 34934: "JPEG XR"}
@@ -128,7 +128,7 @@ def build_levels(found: Sequence[tuple[tuple[int, int], list[Any], Any]]) -> lis
 
 
 def make_level(
-    shape: tuple[int, int], baseline: tuple[int, int], page: Any, pages: int, parts: tuple[TileGrid, ...]
+    shape: tuple[int, int], baseline: tuple[int, int], page: Any, pages: int, parts: tuple[StoredTiles, ...]
 ) -> Level:
     """Describe a level by one of its pages."""
     channels = pages * page.samplesperpixel
@@ -146,7 +146,7 @@ def make_level(
     )
 
 
-def tile_grid(pages: list[Any], keyframe: Any, shape: tuple[int, int], origin: tuple[int, int]) -> TileGrid:
+def tile_grid(pages: list[Any], keyframe: Any, shape: tuple[int, int], origin: tuple[int, int]) -> StoredTiles:
     """Take a level's tile table and decoders from its pages, one page a plane, or planes in a page."""
     stored = keyframe.tags.valueof(257, keyframe.imagelength), keyframe.tags.valueof(256, keyframe.imagewidth)
     if keyframe.is_tiled:
@@ -177,7 +177,7 @@ def tile_grid(pages: list[Any], keyframe: Any, shape: tuple[int, int], origin: t
         counts.append(np.array(page.databytecounts, np.int64).reshape(in_page, *grid))
         decoders += [decoder(page, keyframe, plane * grid[0] * grid[1]) for plane in range(in_page)]
     usual = UsualJpeg.of(pages[0], keyframe) if len(decoders) == 1 else None
-    return TileGrid(
+    return StoredTiles(
         origin,
         shape,
         tile,

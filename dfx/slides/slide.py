@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dfx import html
 from dfx import resolution as res
 from dfx.errors import CallTypeError, ResolutionError, SlideError, TileError
+from dfx.slides.ahead import announced
 from dfx.slides.cache import OPENED, TILES
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level, TileGrid, as_rgb
@@ -35,7 +36,8 @@ class Slide:
     url: str
     """Absolute path or URL."""
     vendor: str
-    """Scanner or format family: aperio, hamamatsu, leica, philips, ome, perkinelmer or generic."""
+    """Scanner or format family: aperio, hamamatsu, leica, philips, ome, perkinelmer, trestle or generic-tiff, and
+    what else OpenSlide knows."""
     mpp: tuple[float, float] | None
     """Microns per baseline pixel, (x, y); None where unknown."""
     power: float | None
@@ -45,8 +47,13 @@ class Slide:
     notes: tuple[str, ...]
     """What a careful user should know of this file."""
     identity: str
-    """Names the file's content, whatever its path."""
+    """Names the file's content, whatever its path; another one for each kind of reader."""
     source: ByteSource = field(repr=False)
+    """The file; the one that was named, where there are several."""
+    backend: str = "tiff"
+    """What reads it: dfx itself ("tiff"), or "openslide" with its version."""
+    kept: int = 0
+    """Bytes of tiles that another reader than dfx keeps, for all slides of a process."""
     overrides: tuple[tuple[float, float] | None, float | None] = (None, None)
     """mpp and power that the user gave."""
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
@@ -54,7 +61,8 @@ class Slide:
     """Opens the same slide in another process."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.reopen, self.url, *self.overrides, self.storage_options, self.identity)
+        known = self.identity, self.backend
+        return _reopened, (self.reopen, self.source.address, *self.overrides, self.storage_options, *known)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return "dfx.Slide", self.identity, self.url, self.mpp, self.power
@@ -122,6 +130,7 @@ class Slide:
         pitch_yx: tuple[float, float] | None = None,
         shrink: int = 1,
         damaged: set[str] | None = None,
+        following: NDArray[np.int64] | None = None,
     ) -> Iterator[tuple[NDArray[Any], tuple[int, int], list[int]]]:
         """Decode each tile that a box touches, once: its pixels, where they lie, and which boxes touch it.
 
@@ -129,17 +138,24 @@ class Slide:
         without what is padded beyond the level, which may be overwritten when the next is asked for;
         (y, x) on the level; and indices of `boxes`. `pitch_yx`: pixels of the level from one box to the next,
         where the boxes are some of a lattice: tiles that others of it touch are kept for them. `shrink`:
-        tiles are decoded to so small a part of their size, where `can_shrink` says so. Raises `TileError`
+        tiles are decoded to so small a part of their size, where `can_shrink` says so. `following`: boxes of
+        the next call, whose tiles a remote file fetches while these are decoded. Raises `TileError`
         that names the tile; with `damaged`, its name is added there instead, and the tile left out.
         """
         level = self.levels[n]
         if rgb:
             self.check_picture(n)
+        which = self.source.serial, n, rgb, shrink
         for p, part in enumerate(level.parts):
             touching = part.touching(boxes)
             shared = set() if pitch_yx is None else part.shared(touching, boxes, pitch_yx)
-            for r, c in touching:
-                key = self.source.serial, n, p, r, c, rgb, shrink
+            order: Iterable[tuple[int, int]] = touching
+            if self.source.prefetches and touching:
+                later = [] if following is None else [at for at in part.touching(following) if at not in shared]
+                held = {at for at in (*touching, *later) if pitch_yx is not None and (*which, p, *at) in TILES}
+                order = announced(self.source, part, touching, later, held)
+            for r, c in order:
+                key = *which, p, r, c
                 tile = TILES.get(key) if (r, c) in shared else None
                 if tile is None:
                     try:
@@ -159,32 +175,14 @@ class Slide:
     def can_shrink(self, n: int, by: int) -> bool:
         """Whether a level's tiles can be decoded to a part of their size."""
         level = self.levels[n]
-        return level.colour == "rgb" and by in SHRINKS and all(part.shrunk for part in level.parts)
+        return level.colour == "rgb" and by in SHRINKS and all(part.can_shrink for part in level.parts)
 
     def _decode(
         self, n: int, part: TileGrid, row: int, column: int, *, scratch: bool = False, shrink: int = 1
     ) -> NDArray[Any]:
-        index = row * part.offsets.shape[2] + column
-        at = [(int(o), int(c)) for o, c in zip(part.offsets[:, row, column], part.counts[:, row, column], strict=True)]
+        index = row * part.present.shape[1] + column
         name = f"tile {index} (row {row}, column {column}) of level {n} of {self.url}"
-        if any(offset < 0 or count < 0 or offset + count > self.source.size for offset, count in at):
-            raise TileError(
-                name,
-                f"{name} lies past the end of the file, which has {self.source.size} bytes: copy the slide again.",
-            )
-        planes = []
-        for data, decode in zip(self.source.read(at), part.decoders, strict=True):
-            try:
-                if shrink > 1:
-                    assert part.shrunk is not None
-                    planes.append(part.shrunk(data, shrink))
-                else:
-                    planes.append(decode(data, index, scratch=scratch and len(at) == 1))
-            except Exception as e:  # codecs raise many kinds; none of them says which tile
-                raise TileError(
-                    name, f"{name} can't be decoded ({e}): the file is damaged; copy or export it again."
-                ) from e
-        tile = planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
+        tile = part.tile(self.source, row, column, name, scratch=scratch, shrink=shrink)
         needed = [
             -(-min(size, whole - i * size) // shrink)
             for size, whole, i in zip(part.tile_yx, part.shape_yx, (row, column), strict=True)
@@ -313,11 +311,14 @@ def _reopened(
     power: float | None,
     storage_options: Mapping[str, Any] | None,
     identity: str,
+    backend: str,
 ) -> Slide:
     def build() -> Slide:
         slide = reopen(url, mpp=mpp, power=power, storage_options=storage_options)
+        if slide.backend != backend:
+            raise SlideError(f"{url} was opened by {backend} and is read by {slide.backend} here: install the same.")
         if slide.identity != identity:
-            raise SlideError(f"{url} changed since it was opened: open it again, or restore the file.")
+            raise SlideError(f"{slide.url} changed since it was opened: open it again, or restore the file.")
         return slide
 
     slide: Slide = OPENED.get((url, mpp, power, identity), build)

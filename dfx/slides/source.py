@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from dfx import remote
 from dfx.errors import SlideError
+from dfx.slides.fetch import RemoteFile
 
 PROBE = 64 * 1024
 _serials = itertools.count()
@@ -21,12 +23,21 @@ class ByteSource(Protocol):
     """The bytes of one file. Safe to use from several threads at once."""
 
     url: str
+    """Its address as it may be told."""
+    address: str
+    """What opens it again; may hold a signature, so it is never told."""
     size: int
     serial: int
     """Tells this opening of a file from every other in the process: what was read through it is known by it."""
+    prefetches: bool
+    """Whether `expect` is worth calling."""
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Give the bytes of each (offset, count), whole; raises `SlideError` when some are missing."""
+        ...
+
+    def expect(self, *runs: Sequence[tuple[int, int]]) -> None:
+        """Take what this thread will read next, run after run, to be fetched meanwhile; all else is let go of."""
         ...
 
     def open(self) -> BinaryIO:
@@ -37,8 +48,10 @@ class ByteSource(Protocol):
 class LocalFile:
     """A file on a mounted disk: one descriptor a process, positioned reads, so no seek and no lock."""
 
+    prefetches = False
+
     def __init__(self, path: Path) -> None:
-        self.url = str(path)
+        self.url = self.address = str(path)
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as e:
@@ -63,20 +76,19 @@ class LocalFile:
             data += more
         return data
 
+    def expect(self, *runs: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: the page cache reads ahead."""
+
     def open(self) -> BinaryIO:
         """Open a handle of its own."""
         return Path(self.url).open("rb")
 
 
 def open_source(url: str, storage_options: Mapping[str, Any] | None = None) -> ByteSource:
-    """Open the file behind a path or a `file://` URL."""
-    protocol, found, rest = url.partition("://")
-    if found and protocol != "file":
-        raise SlideError(
-            f"{url} is not on a mounted disk: this version of dfx reads local files only; "
-            "copy the slide, or mount the bucket."
-        )
-    path = Path(rest if found else url)
+    """Open the file behind a path or a URL."""
+    if remote.is_remote(url):
+        return RemoteFile(url, storage_options, next(_serials))
+    path = Path(url.removeprefix("file://"))
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:

@@ -15,12 +15,23 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from dfx.errors import DfxError, SlideError
+from dfx.errors import DfxError, FormatError, SlideError
 from dfx.slides import vendors
-from dfx.slides.level import Level
+from dfx.slides.level import Level, StoredTiles
 from dfx.slides.pyramid import leica_levels, pyramid, series_levels
 from dfx.slides.slide import Slide
 from dfx.slides.source import ByteSource, identity, open_source
+
+BY_OPENSLIDE = (
+    "pip install dfx[openslide], here and on the workers, and it is read through OpenSlide; "
+    "or convert it to SVS, OME-TIFF or pyramidal TIFF"
+)
+OPENSLIDES = {
+    b"[Virtual Microscope Specimen]": "a Hamamatsu VMS slide",
+    b"[Uncompressed Virtual Microscope Specimen]": "a Hamamatsu VMU slide",
+    b"SQLite format 3\0": "an SQLite file, as Sakura's slides are",
+}
+"""How files begin that are no TIFF, and that OpenSlide reads."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,10 @@ def open_tiff(
     power: float | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Slide:
-    """Open a slide; `mpp` and `power` go before what the file says. Raises `SlideError`."""
+    """Open a slide; `mpp` and `power` go before what the file says.
+
+    Raises `FormatError` for a kind of file that is OpenSlide's to read, `SlideError` for any other that can't be.
+    """
     source = open_source(url, storage_options)
     refuse_other_formats(source)
     try:
@@ -51,7 +65,8 @@ def open_tiff(
             facts = parse(tif)
     except DfxError as e:
         message = str(e)
-        raise SlideError(message if source.url in message else f"{source.url} can't be read: {message}.") from e
+        kind = FormatError if isinstance(e, FormatError) else SlideError
+        raise kind(message if source.url in message else f"{source.url} can't be read: {message}.") from e
     except RecursionError as e:
         raise SlideError(f"{source.url} can't be read: its directories nest without end; copy it again.") from e
     except Exception as e:  # tifffile raises IndexError, TypeError, ZeroDivisionError, struct.error and more
@@ -77,19 +92,22 @@ def open_tiff(
 
 
 def refuse_other_formats(source: ByteSource) -> None:
-    """Say what a file is when it is no TIFF."""
+    """Say what a file is when it is no TIFF: `FormatError` where OpenSlide reads it, else `SlideError`."""
+    head = source.read([(0, min(source.size, 132))])[0]
+    if source.size >= 8 and head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return
+    foreign = next((name for magic, name in OPENSLIDES.items() if head.startswith(magic)), None)
+    foreign = "a DICOM file" if head[128:132] == b"DICM" else foreign
+    foreign = "a MIRAX slide" if source.url.lower().endswith(".mrxs") else foreign  # it holds a JPEG image, or nothing
+    if foreign:
+        raise FormatError(f"{source.url} is {foreign}: {BY_OPENSLIDE}.")
     if source.size < 8:
         raise SlideError(f"{source.url} has {source.size} bytes, so it is no slide: copy it again.")
-    head = source.read([(0, min(source.size, 132))])[0]
-    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return
     kinds = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"PK\x03\x04": "a ZIP archive"}
-    kind = next((name for magic, name in kinds.items() if head.startswith(magic)), None)
-    kind = "a DICOM file" if head[128:132] == b"DICM" else kind
-    kind = "a Zeiss CZI file" if head.startswith(b"ZISRAWFILE") else kind
-    kind = "a MIRAX slide" if source.url.lower().endswith(".mrxs") else kind
+    kinds |= {b"ZISRAWFILE": "a Zeiss CZI file"}
+    kind = next((name for magic, name in kinds.items() if head.startswith(magic)), "no TIFF file")
     raise SlideError(
-        f"{source.url} is {kind or 'no TIFF file'}: dfx reads slides of the TIFF family "
+        f"{source.url} is {kind}: dfx reads slides of the TIFF family "
         "(SVS, NDPI, SCN, OME-TIFF, Philips, QPTIFF, pyramidal TIFF); convert it to one of them."
     )
 
@@ -131,6 +149,7 @@ def check_extent(source: ByteSource, n: int, level: Level) -> None:
     Single bad entries are left to the tile's own error, which names it.
     """
     for part in level.parts:
+        assert isinstance(part, StoredTiles)
         outside = int((part.offsets + part.counts > source.size).sum())
         if outside > max(1, part.offsets.size // 1000):
             raise SlideError(
@@ -157,10 +176,7 @@ def parse(tif: tifffile.TiffFile) -> Facts:
         levels, notes = series_levels(tif.series[0])
         return Facts("philips", *vendors.philips(description), levels, notes)
     if tif.is_bif:
-        raise SlideError(
-            "it is a Ventana BIF, whose tiles overlap and would be misplaced: "
-            "export it as SVS, OME-TIFF or pyramidal TIFF"
-        )
+        raise FormatError(f"it is a Ventana BIF, whose tiles overlap and would be misplaced: {BY_OPENSLIDE}")
     if tif.is_ome:
         sizes = [series.levels[0].keyframe.imagewidth * series.levels[0].keyframe.imagelength for series in tif.series]
         main = int(np.argmax(sizes))
@@ -172,9 +188,9 @@ def parse(tif: tifffile.TiffFile) -> Facts:
     overlaps = vendors.trestle_overlaps(description)
     if software.startswith("MedScan") or overlaps:
         if overlaps is None or any(overlaps):
-            raise SlideError(
+            raise FormatError(
                 f"it is a Trestle slide whose tiles overlap by {overlaps or 'an unknown number of'} pixels "
-                "and would be misplaced: export it as SVS, OME-TIFF or pyramidal TIFF"
+                f"and would be misplaced: {BY_OPENSLIDE}"
             )
         mpp = vendors.plausible(number_tag(page, 282), number_tag(page, 283))  # the unit is to be ignored
         return Facts("trestle", mpp, None, *pyramid(tif))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,19 @@ import numpy as np
 
 from dfx import pictures
 from dfx.errors import CallError, SlideError, StoreError
+from dfx.remote import is_remote
 from dfx.slides import Slide, open_slide
 
 if TYPE_CHECKING:
     from dfx.store.reading import Features
 
 
-def stored_slide(path: Path, attributes: dict[str, Any], slide: Slide | None = None) -> Slide:
+def stored_slide(
+    path: Path | str,
+    attributes: dict[str, Any],
+    slide: Slide | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Slide:
     """Open the slide that a store was made from, or check that `slide` is it.
 
     `attributes` is what the store says of itself. Raises `StoreError` when it has no slide, `SlideError` when the slide
@@ -25,11 +32,13 @@ def stored_slide(path: Path, attributes: dict[str, Any], slide: Slide | None = N
     if said is None:
         raise StoreError(f"{path} holds loose patches, which have no slide to show.")
     if slide is None:
-        if not Path(said["url"]).exists():
+        if not is_remote(said["url"]) and not Path(said["url"]).exists():
             raise SlideError(
                 f"{said['url']} does not exist any more: say where the slide is now with slide= (--slide)."
             )
-        slide = open_slide(said["url"], mpp=None if said["mpp"] is None else tuple(said["mpp"]), power=said["power"])
+        mpp = None if said["mpp"] is None else tuple(said["mpp"])
+        backend = said.get("backend", "auto").partition(" ")[0]
+        slide = open_slide(said["url"], mpp, said["power"], storage_options, backend=backend)
     if slide.identity != attributes.get("fingerprint", {}).get("slide"):
         raise CallError(f"{path} was not made from {slide.url}: give the slide of {said['url']}.")
     return slide
@@ -37,7 +46,7 @@ def stored_slide(path: Path, attributes: dict[str, Any], slide: Slide | None = N
 
 def plot(store: Features, values: Any, slide: Slide | None, max_size: int) -> pictures.Picture:
     """Draw a store; see `Features.plot`."""
-    slide = stored_slide(store.path, store.attrs, slide)
+    slide = stored_slide(store.path, store.attrs, slide, store.storage_options)
     features = store.features.compute(scheduler="sync")
     found = None if values is None else pictures.values_of(values, features)
     scene = pictures.Scene.of(slide, store.to_baseline(), store.mask, max_size)
@@ -56,7 +65,7 @@ def contact_sheet(store: Features, k: int, columns: int, slide: Slide | None) ->
     """Draw a store's patches by cluster; see `Features.contact_sheet`."""
     if isinstance(columns, bool) or not isinstance(columns, int) or not 1 <= columns <= 100:
         raise CallError(f"a row of a contact sheet has 1 to 100 patches, not {columns!r}.")
-    slide = stored_slide(store.path, store.attrs, slide)
+    slide = stored_slide(store.path, store.attrs, slide, store.storage_options)
     patches = store.attrs["patches"]
     resolution = patches["resolution"]
     view = slide.view(tuple(resolution) if isinstance(resolution, list) else resolution, patches["units"])

@@ -14,10 +14,11 @@ writing it again changes nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,25 +27,29 @@ from typing import Any
 import numpy as np
 import zarr
 
-from dfx.errors import CallTypeError, StoreError
+from dfx.errors import StoreError
 from dfx.plan import FORMAT, Head
+from dfx.store.place import At, Disk, Place, place_of
 from dfx.tissue import Mask
 
-NODES = ("zarr.json", "features", "coordinates", "mask", "labels", "notes")
+META = "zarr.json"
+"""Where zarr keeps a group's attributes."""
+NOTES = "notes"
+"""Where blocks note what is to be known of them beside their features."""
+NODES = (META, "features", "coordinates", "mask", "labels", NOTES)
 """What dfx writes into a store's folder."""
 
 
-def check_folder(save_dir: str | Path) -> Path:
-    """Give an output folder made absolute; raises `StoreError` for a file, or a place that can't be written."""
-    if not isinstance(save_dir, str | Path):
-        raise CallTypeError(f"a folder is given by its path (str or Path), not by {type(save_dir).__name__}.")
+def check_folder(save_dir: str | Path, storage_options: Mapping[str, Any] | None = None) -> Place:
+    """Give an output folder, made absolute; raises `StoreError` for a file, or a place that can't be written."""
+    place = place_of(save_dir, storage_options)
     text = str(save_dir)
     if "\0" in text or not text:
         raise StoreError(f"{text!r} is no path: give a folder.")
-    if "://" in text:
-        raise StoreError(f"{text} is not on a mounted disk: this version of dfx writes local folders only.")
+    if not isinstance(place, Disk):
+        return check_bucket(place)
     try:
-        folder = Path(text).expanduser().absolute()
+        folder = place.path.expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     except (OSError, RuntimeError, ValueError) as e:  # a name too long, a user who is not there, a null byte
         raise StoreError(f"{text!r} can't be an output folder ({e}): give another save_dir.") from e
@@ -52,65 +57,79 @@ def check_folder(save_dir: str | Path) -> Path:
         raise StoreError(f"{existing} is a file, so it can't be an output folder: give another save_dir.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise StoreError(f"{existing} can't be written to: check its permissions, or give another save_dir.")
-    return folder
+    return Disk(folder)
 
 
-def remove(path: Path) -> None:
-    """Remove what dfx wrote at a store's place; what else lies in its folder stays, and so does the folder then."""
-    for name in NODES:
-        node = path / name
-        if node.is_dir() and not node.is_symlink():
-            shutil.rmtree(node)
-        else:
-            node.unlink(missing_ok=True)
-    if path.exists() and not any(path.iterdir()):
-        path.rmdir()
+def check_bucket(place: Place) -> Place:
+    """Refuse a URL that outputs can't go to, or that does not answer; what it answers to writing is seen later."""
+    protocol = str(place).partition("://")[0]
+    if protocol in ("memory", "http", "https"):
+        why = "is the memory of one process" if protocol == "memory" else "can only be read"
+        raise StoreError(f"{place} {why}: give a folder or an object storage as save_dir.")
+    try:
+        place.exists()
+    except OSError as e:
+        raise StoreError(f"{place} can't be an output folder: {e}.") from None
+    return place
 
 
-def is_ours(path: Path) -> bool:
+def is_ours(place: Place) -> bool:
     """Whether a store of dfx lies there, or blocks of one; an empty folder is nobody's, and counts as ours."""
-    if not path.exists():
+    if not place.exists():
         return True
-    if not path.is_dir() or path.is_symlink():
+    if not place.is_folder():
         return False
-    return dfx_attributes(path) is not None or all(is_block(file.relative_to(path)) for file in files_in(path))
+    return dfx_attributes(place) is not None or all(is_block(name) for name in place.files())
 
 
-def files_in(path: Path) -> Iterator[Path]:
-    """Give the files below a folder."""
-    return (file for file in path.rglob("*") if not file.is_dir())
-
-
-def is_block(name: Path) -> bool:
+def is_block(name: str) -> bool:
     """Whether a file of a store is a block's: what is left when a store is removed while it is written."""
-    return re.fullmatch(r"features/([^/]+/)?c/\d+/0|notes/[\d-]+\.json", name.as_posix()) is not None
+    return re.fullmatch(r"features/([^/]+/)?c/\d+/0|notes/([\d-]+|closing)\.json", name) is not None
 
 
-def check_ours(path: Path) -> None:
+def check_ours(place: Place) -> None:
     """Raise `StoreError` when something else than a store of dfx is in the way."""
-    if not is_ours(path):
+    if not is_ours(place):
         raise StoreError(
-            f"{path} exists and was not made by dfx, so it is left alone: move it, or give another save_dir."
+            f"{place} exists and was not made by dfx, so it is left alone: move it, or give another save_dir."
         )
 
 
-def dfx_attributes(path: Path) -> dict[str, Any] | None:
+def dfx_attributes(at: At) -> dict[str, Any] | None:
     """Give what a store says of itself, None where there is no store of dfx."""
+    place = place_of(at)
     try:
-        found = zarr.open_group(str(path), mode="r").attrs.get("dfx")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no group, or no zarr at all
+        said = json.loads(place.read(META))
+        found = said["attributes"]["dfx"] if (said["zarr_format"], said["node_type"]) == (3, "group") else None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):  # no group
         return None
+    except OSError as e:
+        raise StoreError(f"{place} can't be read ({e}): check its permissions and storage_options.") from None
     return found if isinstance(found, dict) and {"format", "status"} <= found.keys() else None
 
 
-def create_group(path: Path, status: str, said: dict[str, Any]) -> zarr.Group:
-    """Create a store's group in the place of what dfx had there; `said` is what it says of its content."""
-    if path.exists():
-        remove(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"format": FORMAT, "version": version("dfx"), "status": status}
-    created = {"created": datetime.now(UTC).isoformat(timespec="seconds")}
-    return zarr.create_group(str(path), attributes={"dfx": head | created | said})
+@contextmanager
+def in_one_step(place: Place, instead_of: dict[str, Any] | None) -> Iterator[Place]:
+    """Give a folder to make a store in, which then takes its place whole: no other run sees half of it.
+
+    `instead_of`: what lies there now, of dfx, and is replaced. Where another run was quicker, its store stays.
+    """
+    with place.making() as made:
+        yield made
+        if (dfx_attributes(place) or {}).get("created") != (instead_of or {}).get("created"):
+            return
+        if instead_of is not None:
+            place.remove(NODES)
+        if not place.take(made) and dfx_attributes(place) is None:  # blocks of a removed store, or a user's files
+            place.remove(NODES)
+            place.fill(made, META)
+
+
+def create_group(place: Place, said: dict[str, Any]) -> zarr.Group:
+    """Create a store's group; `said` is what it says of its content."""
+    head = {"format": FORMAT, "version": version("dfx"), "status": "running"}
+    created = {"created": datetime.now(UTC).isoformat(timespec="microseconds")}
+    return zarr.create_group(place.zarr(), attributes={"dfx": head | created | said})
 
 
 def node_names(encoders: Sequence[str]) -> list[str]:
@@ -148,13 +167,13 @@ def create_mask(group: zarr.Group, mask: Mask, dimensions: tuple[int, int]) -> N
     )
 
 
-def features_array(path: Path, name: str) -> zarr.Array[Any]:
+def features_array(place: Place, name: str) -> zarr.Array[Any]:
     """Open a features array to write blocks; what is given pickles small."""
-    return zarr.open_array(str(path), path=name, mode="r+", config={"write_empty_chunks": True})
+    return zarr.open_array(place.zarr(), path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True})
 
 
-def update(path: Path, **changes: Any) -> None:
+def update(at: At, **changes: Any) -> None:
     """Change what a store says of itself; None removes."""
-    group = zarr.open_group(str(path), mode="r+")
+    group = zarr.open_group(place_of(at).zarr(), mode="r+", zarr_format=3)
     said = {**dict(group.attrs["dfx"]), **changes}  # type: ignore[arg-type]
     group.attrs["dfx"] = {name: value for name, value in said.items() if value is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,33 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dfx import html
-from dfx.errors import CallTypeError, StoreError
+from dfx.errors import StoreError
 from dfx.slides import Slide
 from dfx.store.layout import dfx_attributes
+from dfx.store.place import At, place_of
 from dfx.tissue import Mask
 
 
 class Features:
     """A complete store, read lazily. `.attrs` is what it says of itself (see README, "The store")."""
 
-    def __init__(self, path: str | Path, encoder: str | None = None) -> None:
-        if not isinstance(path, str | Path):
-            raise CallTypeError(f"a store is given by its path (str or Path), not by {type(path).__name__}.")
-        self.path = Path(path)
-        attributes = dfx_attributes(self.path)
+    def __init__(self, path: At, encoder: str | None = None, storage_options: Mapping[str, Any] | None = None) -> None:
+        place = place_of(path, storage_options)
+        self.path = place.output
+        self._name = place.name
+        self.storage_options = storage_options
+        attributes = dfx_attributes(place)
         if attributes is None:
-            raise StoreError(f"{path} is no store of dfx: give a <name>.zarr that a run wrote.")
+            raise StoreError(f"{place} is no store of dfx: give a <name>.zarr that a run wrote.")
         if attributes.get("status") != "complete":
             reason = f": {attributes['failure']}" if "failure" in attributes else ""
-            raise StoreError(f"{path} is {attributes.get('status')}, not complete{reason}; run the extraction again.")
+            raise StoreError(f"{place} is {attributes.get('status')}, not complete{reason}; run the extraction again.")
         self.attrs: dict[str, Any] = attributes
-        self._group = zarr.open_group(str(path), mode="r")
+        self._group = zarr.open_group(place.zarr(), mode="r", zarr_format=3)
         several: dict[str, Any] | None = attributes.get("encoders")
         self._said = several or {attributes["encoder"]["name"]: attributes["encoder"]}
         if encoder is not None and encoder not in self._said:
-            raise StoreError(f"{path} holds features of {', '.join(self._said)}, not of {encoder}.")
+            raise StoreError(f"{place} holds features of {', '.join(self._said)}, not of {encoder}.")
         self._chosen = encoder
 
     @property
@@ -69,9 +72,14 @@ class Features:
 
     def to_baseline(self) -> NDArray[np.float64]:
         """float64 (N, 4): the coordinates in baseline (level 0) pixels."""
-        array = self._group[self._present("coordinates")]
-        assert isinstance(array, zarr.Array)
-        return np.asarray(np.asarray(array[...]) * np.tile(np.asarray(array.attrs["to_baseline"], float), 2))
+        return np.asarray(self.coordinates.compute(scheduler="synchronous") * np.tile(self.scale, 2))
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """(x, y) factors from coordinates to baseline pixels."""
+        attributes = self._group[self._present("coordinates")].attrs
+        x, y = np.asarray(attributes["to_baseline"], float).tolist()
+        return x, y
 
     @property
     def mask(self) -> Mask | None:
@@ -90,7 +98,8 @@ class Features:
         `values`: None draws the patch grid and the features' first three principal components as colours;
         "similarity:ROW" the cosine similarity to a patch, "cluster:K" groups by k-means; an array or .npy file
         of one value a patch is drawn as labels where it has at most 20 different integers, else as a measure.
-        `slide`: where it lies now, if it moved. `max_size`: pixels of a panel's longer side. Raises `CallError` for
+        `slide`: where it lies now, if it moved; else the one that the store names is opened, with the store's
+        `storage_options`. `max_size`: pixels of a panel's longer side. Raises `CallError` for
         values that can't be drawn, `SlideError` when the slide is gone, `StoreError` when the store has none.
         """
         from dfx.store import drawing
@@ -125,7 +134,7 @@ class Features:
             assert isinstance(node, zarr.Array)
             random = ", random weights" if said["weights"] == "random" else ""
             rows[f"features of {name}"] = f"{node.shape[0]} x {node.shape[1]} {node.dtype}{random}"
-        return html.table(f"Features {self.path.name}", rows)
+        return html.table(f"Features {self._name}", rows)
 
 
 def stored_mask(group: zarr.Group) -> Mask | None:
@@ -134,9 +143,10 @@ def stored_mask(group: zarr.Group) -> Mask | None:
     return Mask(np.asarray(array[...], np.bool_), str(array.attrs["method"])) if isinstance(array, zarr.Array) else None
 
 
-def open_features(path: str | Path, encoder: str | None = None) -> Features:
-    """Open a complete store. `encoder`: whose features are wanted; needed only where there are several.
+def open_features(path: At, encoder: str | None = None, storage_options: Mapping[str, Any] | None = None) -> Features:
+    """Open a complete store, by its path or URL.
 
+    `encoder`: whose features are wanted; needed only where there are several. `storage_options`: as in `open_slide`.
     Raises `StoreError` for what is no store of dfx, is not complete, or has nothing of that encoder.
     """
-    return Features(path, encoder)
+    return Features(path, encoder, storage_options)

@@ -1,0 +1,117 @@
+"""Masks from polygons: GeoJSON, as QuPath exports annotations, in level-0 pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx.errors import CallError
+
+SIZE = 4096
+"""Longer side, in cells, at which polygons are drawn; of a slide that is smaller, its own."""
+SHIFT = 4
+"""Bits of a cell's fraction that OpenCV draws with."""
+FAR = 2**26
+"""Cells beyond which a corner is drawn as if it were there: what OpenCV's integers hold."""
+SUFFIXES = (".geojson", ".json")
+
+Ring = NDArray[np.float64]
+
+
+def is_annotation(mask: object) -> bool:
+    """Whether a mask is GeoJSON: a mapping of it, or a path that ends so."""
+    return isinstance(mask, Mapping) or (isinstance(mask, str | Path) and Path(mask).suffix.lower() in SUFFIXES)
+
+
+def draw(annotations: str | Path | Mapping[str, Any], size_xy: tuple[int, int]) -> NDArray[np.bool_]:
+    """Draw the polygons of GeoJSON over a slide of `size_xy` level-0 pixels: bool (rows, columns), true inside any.
+
+    A Polygon, MultiPolygon, GeometryCollection, Feature, FeatureCollection or list of features; holes are left out
+    of their own polygon only, and points and lines, which have no area, altogether. A cell that an outline
+    passes counts as inside, so that nothing is too thin to be seen. Raises `CallError` for what is no such thing, or
+    has no polygon.
+    """
+    name = "the mask" if isinstance(annotations, Mapping) else f"mask {annotations}"
+    found = list(polygons(annotations if isinstance(annotations, Mapping) else read(Path(annotations)), name))
+    if not found:
+        raise CallError(f"{name} has no polygon: draw areas, or give an image, an array, 'tissue' or None.")
+    scale = min(1.0, SIZE / max(size_xy))
+    columns, rows = (max(1, round(size * scale)) for size in size_xy)
+    cells = np.zeros((rows, columns), np.uint8)
+    for rings in found:
+        # The corner of a slide is that of a cell, whose number OpenCV has at its centre.
+        points = [np.clip(ring * ((columns, rows) / np.array(size_xy)) - 0.5, -FAR, FAR) for ring in rings]
+        low = np.clip(np.floor(points[0].min(axis=0)).astype(int) - 1, 0, (columns, rows))
+        high = np.clip(np.ceil(points[0].max(axis=0)).astype(int) + 2, 0, (columns, rows))
+        if (low >= high).any():
+            continue
+        (x0, y0), (x1, y1) = low.tolist(), high.tolist()
+        part = np.zeros((y1 - y0, x1 - x0), np.uint8)  # of its own: a hole must not reach into another polygon
+        fixed = [np.rint((ring - low) * 2**SHIFT).astype(np.int32) for ring in points]
+        cv2.fillPoly(part, fixed, 1, shift=SHIFT)
+        np.maximum(cells[y0:y1, x0:x1], part, out=cells[y0:y1, x0:x1])
+    return cells > 0
+
+
+def read(path: Path) -> Any:
+    """Read a file of JSON; raises `CallError`."""
+    if not path.is_file():
+        raise CallError(f"mask {path} is not a file: give GeoJSON, an image, an array, 'tissue' or None.")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError, OSError) as e:
+        raise CallError(
+            f"mask {path} is no GeoJSON ({type(e).__name__}: {e}): export it from QuPath as GeoJSON."
+        ) from e
+
+
+def polygons(found: Any, name: str, depth: int = 0) -> Iterator[list[Ring]]:
+    """Give every polygon as its rings, the outline first, then its holes; raises `CallError`."""
+    if depth > 32:
+        raise CallError(f"{name} has geometries in geometries in geometries: give a FeatureCollection.")
+    parts = found if isinstance(found, list) else [found]
+    for part in parts:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "FeatureCollection":
+            yield from polygons(listed(part, "features", name), name, depth + 1)
+        elif kind == "Feature":
+            if part.get("geometry") is not None:  # GeoJSON allows a feature without a place
+                yield from polygons(part["geometry"], name, depth + 1)
+        elif kind == "GeometryCollection":
+            yield from polygons(listed(part, "geometries", name), name, depth + 1)
+        elif kind == "Polygon":
+            yield from rings_of([part.get("coordinates")], name)
+        elif kind == "MultiPolygon":
+            yield from rings_of(listed(part, "coordinates", name), name)
+        elif kind not in ("Point", "MultiPoint", "LineString", "MultiLineString"):
+            raise CallError(
+                f"{name} is no GeoJSON: it has {str(kind)[:40]!r} where a type of feature or geometry must be."
+            )
+
+
+def listed(part: Mapping[str, Any], key: str, name: str) -> list[Any]:
+    """Give a member that must be a list; raises `CallError`."""
+    found = part.get(key)
+    if not isinstance(found, list):
+        raise CallError(f"{name} is no GeoJSON: a {part['type']} has no list of {key}.")
+    return found
+
+
+def rings_of(found: list[Any], name: str) -> Iterator[list[Ring]]:
+    """Check the rings of polygons: float64 (n, 2), in level-0 pixels."""
+    for polygon in found:
+        try:
+            rings = [np.asarray([point[:2] for point in ring], np.float64) for ring in polygon]
+            right = bool(rings) and all(ring.ndim == 2 and ring.shape[1] == 2 for ring in rings)
+            right = right and all(len(ring) >= 3 and np.isfinite(ring).all() for ring in rings)
+        except (TypeError, ValueError, KeyError, OverflowError):
+            right = False
+        if not right:
+            raise CallError(f"{name} has a polygon that is none: rings of 3 or more corners [x, y] in level-0 pixels.")
+        yield rings

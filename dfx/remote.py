@@ -1,0 +1,205 @@
+"""What fsspec reaches: whose options go where, what is tried again, and nothing secret in any message."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import fsspec
+
+from dfx.errors import CallError
+
+T = TypeVar("T")
+
+PATIENCE = 20.0
+"""Seconds within which what fails for the moment is tried again."""
+PACKAGES = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+PACKAGES |= dict.fromkeys(("abfs", "abfss", "az", "adl"), "azure")
+"""Which extra of dfx reaches a protocol."""
+MOMENTARY = {408, 409, 429, 500, 502, 503, 504}
+"""HTTP's states that pass; 409 is what S3 answers to create-only puts that meet."""
+BROKEN = {"ConnectionError", "TimeoutError", "FSTimeoutError"}
+BROKEN |= {"ClientConnectionError", "ClientPayloadError"}  # aiohttp
+BROKEN |= {"HTTPClientError", "IncompleteReadError", "ResponseParserError"}  # botocore
+BROKEN |= {"ServiceRequestError", "ServiceResponseError"}  # azure-core
+"""Classes of errors of connections, by name: the libraries they belong to need not be installed."""
+FINAL = {"SSLError", "ClientConnectorCertificateError", "ClientConnectorSSLError"}
+"""Those among them that another try does not mend."""
+
+
+def is_remote(address: object) -> bool:
+    """Whether an address is a URL of fsspec, and no path on a mounted disk."""
+    return isinstance(address, str) and "://" in address and not address.startswith("file://")
+
+
+def shown(address: str) -> str:
+    """Give an address as it may be told: without its query, which may be a signature, and without a password."""
+    if not is_remote(address):
+        return address
+    bare = "::".join(part.split("?")[0] for part in address.split("::"))
+    return re.sub(r"://[^/@:]*:[^/@]*@", "://", bare)
+
+
+def options_for(url: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Pick the options of a URL's file system.
+
+    `storage_options` are those of every URL, or a mapping of protocols ("s3") and URL prefixes
+    ("s3://bucket/out") to such: the longest prefix goes before the protocol.
+    """
+    if not storage_options:
+        return {}
+    known = fsspec.available_protocols()
+    if not all(("://" in key or key in known) and isinstance(o, Mapping) for key, o in storage_options.items()):
+        return dict(storage_options)
+    if "::" in url:  # fsspec has each link's options under its protocol
+        links = {link.partition("://")[0] for link in url.split("::")}
+        return {name: dict(storage_options[name]) for name in sorted(links & storage_options.keys())}
+    inside = (key for key in storage_options if "://" in key and f"{url}/".startswith(f"{key.rstrip('/')}/"))
+    protocol = url.partition("://")[0]
+    return dict(storage_options.get(max(inside, key=len, default=protocol), {}))
+
+
+def filesystem(url: str, options: Mapping[str, Any], *, asynchronous: bool = False) -> tuple[Any, str]:
+    """Give a URL's file system, of which fsspec keeps one a thread, and the path on it; raises `CallError`."""
+    wanted = {**options, **({"asynchronous": True} if asynchronous else {})}
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **wanted)
+        if asynchronous and not fs.async_impl:
+            from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+
+            fs = AsyncFileSystemWrapper(fs, asynchronous=True)
+        return fs, str(path)
+    except ImportError as e:
+        extra = PACKAGES.get(url.partition("://")[0])
+        remedy = f"pip install dfx[{extra}], here and on the workers" if extra else told(e, url, options)
+        problem = f"{shown(url)} needs a package that is not installed: {remedy}."
+    except Exception as e:  # unknown protocols and options: ValueError, TypeError and what each file system raises
+        problem = f"{shown(url)} can't be reached ({told(e, url, options)}): check the URL and storage_options."
+    raise CallError(problem)
+
+
+def told(error: BaseException, url: str, options: Mapping[str, Any]) -> str:
+    """Say what an error says, without anything of the options or of a URL's query."""
+    text = f"{type(error).__name__}: {error}".replace(url, shown(url))
+    for secret in sorted(texts(options), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return without_queries(text)
+
+
+def without_queries(text: str) -> str:
+    """Cut the queries off the URLs in a text."""
+    return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\")]*", r"\1", text)
+
+
+def texts(options: object) -> Iterator[str]:
+    """Give the texts in options, however deep, that are long enough to be a secret."""
+    if isinstance(options, str):
+        if len(options) > 3:
+            yield options
+    elif isinstance(options, Mapping):
+        for value in options.values():
+            yield from texts(value)
+    elif isinstance(options, list | tuple | set):
+        for value in options:
+            yield from texts(value)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Give an error and what it came of: HTTP's file system calls all that fails `FileNotFoundError`."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+def status(error: BaseException) -> int | None:
+    """HTTP's status of an error, where it came with one."""
+    for e in causes(error):
+        response = getattr(e, "response", None)  # botocore's
+        said = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, Mapping) else None
+        numbers = (said, *(getattr(e, name, None) for name in ("status", "status_code")))
+        if type(e).__module__.startswith("gcsfs"):  # aiohttp deprecates its own
+            numbers = (*numbers, getattr(e, "code", None))
+        found = next((number for number in numbers if isinstance(number, int) and 400 <= number < 600), None)
+        if found is not None:
+            return found
+    return None
+
+
+def passes(error: BaseException) -> bool:
+    """Whether another try may do: the server is busy, or a connection broke."""
+    number = status(error)
+    if number is not None:
+        return number in MOMENTARY
+    names = {kind.__name__ for e in causes(error) for kind in type(e).__mro__}
+    return bool(names & BROKEN) and not names & FINAL
+
+
+def plain(error: Exception, url: str, options: Mapping[str, Any]) -> OSError:
+    """Give an error of any library as an `OSError` of the kind that a disk would raise."""
+    text, number = told(error, url, options), status(error)
+    if isinstance(error, FileExistsError) or number == 412:
+        return FileExistsError(text)
+    if number in (401, 403) or isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError":
+        return PermissionError(f"no permission ({text}): check the credentials and storage_options")
+    if number == 404 or (isinstance(error, FileNotFoundError) and number is None and not passes(error)):
+        return FileNotFoundError(f"nothing is there ({text})")
+    return OSError(f"{text}, after {PATIENCE:g} seconds of trying" if passes(error) else text)
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each new try, twice as long each time and shortened by chance."""
+    end, pause = time.monotonic() + PATIENCE, 0.25
+    while time.monotonic() + pause < end:
+        yield pause * random.uniform(0.5, 1)
+        pause = min(2 * pause, 8)
+
+
+def patiently(work: Callable[[], T], url: str, options: Mapping[str, Any]) -> T:
+    """Do what may fail for the moment, again and again; raises a plain `OSError`."""
+    waits = pauses()
+    while True:
+        try:
+            return work()
+        except Exception as e:  # of any library
+            failure, wait = plain(e, url, options), next(waits, None) if passes(e) else None
+        if wait is None:
+            raise failure  # here, where it has no context: the error that it stands for may show a secret
+        time.sleep(wait)
+
+
+async def patiently_async(work: Callable[[], Awaitable[T]], url: str, options: Mapping[str, Any]) -> T:
+    """Do the same on an event loop."""
+    waits = pauses()
+    while True:
+        try:
+            return await work()
+        except Exception as e:
+            failure, wait = plain(e, url, options), next(waits, None) if passes(e) else None
+        if wait is None:
+            raise failure
+        await asyncio.sleep(wait)
+
+
+def read_bytes(url: str, storage_options: Mapping[str, Any] | None) -> bytes:
+    """Read a whole file; raises `OSError`."""
+    options = options_for(url, storage_options)
+    fs, path = filesystem(url, options)
+    return bytes(patiently(lambda: fs.cat_file(path), url, options))
+
+
+def matching(pattern: str, storage_options: Mapping[str, Any] | None) -> list[str]:
+    """Give the URLs that match a pattern, sorted, or the file of that very name; raises `OSError`."""
+    options = options_for(pattern, storage_options)
+    fs, path = filesystem(pattern, options)
+
+    def listed() -> list[str]:
+        if "*" not in path and fs.exists(path):
+            return [pattern]
+        return sorted(str(fs.unstrip_protocol(name)) for name in fs.glob(path))
+
+    return patiently(listed, pattern, options)
