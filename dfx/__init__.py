@@ -8,7 +8,7 @@ features = dfx.features(slide, grid, "resnet50")     # a lazy Dask array (N, D)
 from importlib.metadata import version
 
 from dfx.arrays import features, patches
-from dfx.encoders import EncoderSpec, list_encoders, load_encoder
+from dfx.encoders import EncoderSpec, list_encoders, load_encoder, load_segmenter
 from dfx.errors import (
     CallError,
     CallTypeError,
@@ -44,6 +44,7 @@ __all__ = [
     "features",
     "list_encoders",
     "load_encoder",
+    "load_segmenter",
     "open_features",
     "open_slide",
     "patches",

@@ -7,8 +7,10 @@ slide and builds the encoder once for many tasks. No pixel passes through the sc
 from __future__ import annotations
 
 import pickle
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -102,7 +104,7 @@ def lazy_features(plan: Plan, notes: Place | None = None) -> da.Array:
     """Give a plan's features as a lazy array, several encoders' side by side.
 
     A given module is to be shared with the workers before it is computed. `notes`: the store in which a
-    block notes tiles that it could not decode, and a batch that it had to halve.
+    block notes its seconds, tiles that it could not decode, and a batch that it had to halve.
     """
     work = BlockWork.of(plan.slide, plan.grid, plan.heads, plan.options)
     work = replace(work, needs=plan.needs, notes=notes)
@@ -133,6 +135,23 @@ class Task:
         return self.function.__name__, work
 
 
+class Stopwatch:
+    """A meter that also keeps the seconds of each stage."""
+
+    def __init__(self, meter: kernel.Meter) -> None:
+        self._meter = meter
+        self.seconds: dict[str, float] = {}
+        """Of each stage, in all."""
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Time a stage."""
+        name, start = stage.removeprefix("dfx-"), time.perf_counter()
+        with self._meter(stage):
+            yield
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 6)
+
+
 def read_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.uint8]:
     """Read a block on a worker."""
     return kernel.read_block(steps_xy, work, meter=cluster.meter)
@@ -146,12 +165,14 @@ def encode_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.floating[
     key = tuple(head.encoder for head in work.heads)
     limit, asked = cluster.memory_limit(), min(options.batch_size, len(steps_xy))
     damaged: set[str] = set()
+    timed = Stopwatch(cluster.meter)
     with memory.GUARD.admit(key, work.needs, asked, options.memory_threshold, limit) as (batch, tell):
         if batch < asked:
             work = replace(work, options=replace(options, batch_size=batch))
-        found = kernel.encode_block(steps_xy, work, threads=threads, meter=cluster.meter, damaged=damaged, tell=tell)
-    if work.notes is not None and (damaged or batch < asked):
-        said = {"damaged_tiles": sorted(damaged)} | ({"batch_size": batch} if batch < asked else {})
+        found = kernel.encode_block(steps_xy, work, threads=threads, meter=timed, damaged=damaged, tell=tell)
+    if work.notes is not None:
+        said: dict[str, Any] = {"seconds": timed.seconds, "damaged_tiles": sorted(damaged)}
+        said |= {"batch_size": batch} if batch < asked else {}
         write_note(work.notes, "-".join(map(str, steps_xy[0].tolist())), said)
     return found
 

@@ -18,7 +18,7 @@ from dfx.resolution import check_resolution, one, pair
 from dfx.run import Item
 from dfx.slides import Slide
 from dfx.table import rows_of
-from dfx.tissue import as_mask
+from dfx.tissue import Segment, as_mask, is_method, segment_of
 
 
 def check_workers(num_workers: object) -> int:
@@ -111,10 +111,13 @@ def slide_items(
     labels: Any,
     wsireader_kwargs: Mapping[str, Any] | None,
     *,
-    auto_get_mask: bool,
+    tissue: str | Segment | None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> list[Item]:
-    """Check slides, masks and labels of a call and bring them together; a slide given twice is one."""
+    """Check slides, masks and labels of a call and bring them together; a slide given twice is one.
+
+    `tissue`: what finds it on slides without a mask; None: every patch is kept.
+    """
     rows = rows_of(images, storage_options)
     for name, values in (("mask", masks), ("label", labels)):
         check_count(f"{name}s", values, len(rows))
@@ -126,7 +129,7 @@ def slide_items(
         image = row.given
         slide, own_mpp, own_power = address_of(row.slide)
         mask = row.mask if masks is None else masks[n]
-        mask = usable_mask(mask) if mask is not None else "tissue" if auto_get_mask else None
+        mask = tissue if mask is None else usable_mask(mask)
         label = row.label if labels is None else plain_label(labels[n])
         own = row.mpp or mpp or own_mpp, row.power or power or own_power
         item = Item((image,), slide, mask, label, *own, storage_options)
@@ -171,12 +174,13 @@ def address_of(image: Any) -> tuple[str | Path | Slide, Any, Any]:
 def usable_mask(mask: Any) -> Any:
     """Give a mask as `PatchGrid.over` takes it; refuse a kind that can't be used, or a file that is not there.
 
-    "none" is None, as on the command line. TIAToolbox's `VirtualWSIReader` is taken by its image.
+    "none" is None, as on the command line, and "tissue" is "otsu". TIAToolbox's `VirtualWSIReader` is taken by
+    its image.
     """
     if isinstance(mask, Slide):
         return mask
-    if isinstance(mask, str) and mask == "none":
-        return None
+    if isinstance(mask, str) and mask in ("none", "tissue"):
+        return None if mask == "none" else "otsu"
     if isinstance(mask, Mapping):
         list(polygons(mask, "the mask"))
         return mask
@@ -184,15 +188,19 @@ def usable_mask(mask: Any) -> Any:
         mask = mask.img
     if isinstance(mask, np.ndarray):
         return as_mask(mask)
+    if is_method(mask):
+        segment_of(mask)
+        return mask
     if not isinstance(mask, str | Path):
         raise CallTypeError(
-            f"a mask is None, an array (H, W), GeoJSON, an image path or a Slide, not {type(mask).__name__}."
+            f"a mask is None, an array (H, W), GeoJSON, an image path, a Slide, a method's name or a function, "
+            f"not {type(mask).__name__}."
         )
     if is_remote(mask):
         return mask
-    if str(mask) != "tissue" and not Path(mask).is_file():
+    if not Path(mask).is_file():
         raise CallError(f"mask {mask} is not a file: give an image file, GeoJSON, an array, or None.")
-    return mask if str(mask) == "tissue" else Path(mask).absolute()  # a worker may be in another folder
+    return Path(mask).absolute()  # a worker may be in another folder
 
 
 def metadata_of(wsireader_kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from dfx.errors import StoreError
 from dfx.extractor import DeepFeatureExtractor
-from dfx.pictures import overview, write_png
+from dfx.pictures import write_png
 from dfx.run import RunResult
 from dfx.slides.synthetic import write_slide
 from dfx.store import check_folder, open_features
@@ -35,4 +37,4 @@ def demo(out: str | Path, *, verbose: bool = True) -> tuple[Path, Path, Path]:
     )
     assert isinstance(result, RunResult)
     store: Path = result[slide]
-    return slide, store, write_png(overview(open_features(store)), folder / PICTURE)
+    return slide, store, write_png(np.asarray(open_features(store).plot()), folder / PICTURE)

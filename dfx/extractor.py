@@ -30,6 +30,7 @@ from dfx.plan import Options, head_names
 from dfx.progress import ProgressBar
 from dfx.run import TIMEOUT, Event, GridOptions, RunResult, one_or_named, raise_failures, run_slides
 from dfx.store import Place, check_folder, check_ours, write_patch_mode
+from dfx.tissue import Segment, segment_of
 
 
 class DeepFeatureExtractor:
@@ -75,6 +76,7 @@ class DeepFeatureExtractor:
         overwrite: bool = False,
         output_type: Literal["dict", "zarr"] = "dict",
         auto_get_mask: bool = True,
+        tissue: str | Segment = "otsu",
         min_mask_ratio: float = 0.0,
         memory_threshold: float = 80,
         labels: Sequence[Any] | None = None,
@@ -109,7 +111,9 @@ class DeepFeatureExtractor:
           baseline; `patch_input_shape`, `stride_shape` (default: the patch): (rows, columns) there.
           `ioconfig`, an object or mapping with these three, goes before them.
         - `masks`: one a slide, None, an array, an image path, GeoJSON (a path or mapping) or a `Slide`; without
-          one, `auto_get_mask` finds tissue. `min_mask_ratio`: share of a patch that must be above this.
+          one, `auto_get_mask` finds tissue, by `tissue`: "otsu", "hsv" (leaves pen marks out) or a function, as in
+          `Slide.tissue_mask`; each of these may be a slide's mask too. `min_mask_ratio`: share of a patch that
+          must be above this.
         - `save_dir`: where stores go. One of the same plan is kept or resumed; one of another is an
           error, unless `overwrite`, which replaces stores that dfx made and nothing else.
         - `memory_threshold`: percent of a worker's memory above which batches are halved and blocks wait for
@@ -168,8 +172,14 @@ class DeepFeatureExtractor:
                 "input_resolutions=[{'resolution': 0.5, 'units': 'mpp'}], or an ioconfig with both."
             )
         where = GridOptions(shape, *resolution_of(resolutions), stride, check_ratio(min_mask_ratio))
+        segment_of(tissue)
         items = slide_items(
-            images, masks, labels, wsireader_kwargs, auto_get_mask=bool(auto_get_mask), storage_options=storage_options
+            images,
+            masks,
+            labels,
+            wsireader_kwargs,
+            tissue=tissue if auto_get_mask else None,
+            storage_options=storage_options,
         )
         cluster_or_client = cluster.client_or_embedded(dask_client, threads)
         with cluster_or_client as running, ProgressBar(len(items), show=show) as bar:

@@ -13,11 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from dfx import html
 from dfx.annotations import draw, is_annotation
 from dfx.coords import read_coords
 from dfx.errors import CallError, CallTypeError
+from dfx.remote import shown
 from dfx.resolution import Units, View
-from dfx.tissue import as_mask, read_mask
+from dfx.tissue import Mask, Segment, as_mask, is_method, method_name, read_mask
 
 STRIP = 16
 """Width, in patches, of the vertical strips that order a grid: 256 patches then cover a square."""
@@ -55,7 +57,7 @@ class HasViews(Protocol):
         """Give the way in which the slide is read at a resolution."""
         ...
 
-    def tissue_mask(self) -> NDArray[np.bool_]:
+    def tissue_mask(self, method: str | Segment = "otsu") -> NDArray[np.bool_]:
         """Give a mask over the whole slide, true on tissue."""
         ...
 
@@ -118,6 +120,22 @@ def covered(
     return np.asarray((true > 0) & ((true == area) | (true > area * min_mask_ratio)))
 
 
+def mask_over(slide: HasViews, mask: Any, storage_options: Mapping[str, Any] | None = None) -> Mask:
+    """Give a mask over a slide as `PatchGrid.over` takes it; raises `CallError` or `CallTypeError`."""
+    if is_annotation(mask):
+        cells = draw(mask, slide.view(1.0, "baseline").size_xy)
+        return Mask(cells, "GeoJSON" if isinstance(mask, Mapping) else str(mask))
+    if isinstance(mask, str) and mask == "tissue":
+        mask = "otsu"
+    if is_method(mask):
+        return Mask(slide.tissue_mask(mask), method_name(mask))
+    if isinstance(mask, str | Path):
+        return Mask(read_mask(mask, storage_options), shown(str(mask)))
+    if isinstance(mask, HasThumbnail):
+        return Mask(as_mask(mask.thumbnail(MASK_SIZE)), "slide")
+    return Mask(as_mask(mask), "array")
+
+
 @dataclass(frozen=True, eq=False)
 class PatchGrid:
     """The patches of one slide at one resolution, in the order of the rows of the output."""
@@ -134,6 +152,8 @@ class PatchGrid:
     """Identity of the slide that it was made for."""
     resampled_yx: tuple[int, int] | None = None
     """Rows and columns that a patch is resampled to, where they are not `shape_yx`."""
+    mask: Mask | None = None
+    """What chose the patches; None: nothing did."""
 
     @classmethod
     def over(
@@ -144,7 +164,7 @@ class PatchGrid:
         resolution: float | tuple[float, float] = 0.5,
         units: Units = "mpp",
         stride: int | tuple[int, int] | None = None,
-        mask: str | Path | NDArray[Any] | Mapping[str, Any] | HasThumbnail | None = "tissue",
+        mask: str | Path | NDArray[Any] | Mapping[str, Any] | HasThumbnail | Segment | None = "tissue",
         min_mask_ratio: float = 0.0,
         storage_options: Mapping[str, Any] | None = None,
     ) -> PatchGrid:
@@ -152,9 +172,10 @@ class PatchGrid:
 
         `shape` and `stride` (default: the shape) are (rows, columns) at the requested resolution;
         the grid starts at the slide's top left corner and its last patches may overhang. `mask`:
-        "tissue" (Otsu), None (every patch), what is stretched over the whole slide: an array, an image
-        path or URL (`storage_options` as in `open_slide`), or a `Slide` that is black outside; or GeoJSON as
-        QuPath exports it, a path that ends with .geojson or .json or a mapping: polygons in level-0 pixels.
+        "tissue" (Otsu), "hsv" or a function (see `Slide.tissue_mask`), None (every patch), what is stretched over
+        the whole slide: an array, an image path or URL (`storage_options` as in `open_slide`), or a `Slide` that is
+        black outside; or GeoJSON as QuPath exports it, a path that ends with .geojson or .json or a mapping:
+        polygons in level-0 pixels.
         `min_mask_ratio`: share of a patch that must be above this. Raises `ResolutionError` when
         the slide lacks the metadata that the units need, `CallError` for a bad value.
 
@@ -175,16 +196,13 @@ class PatchGrid:
             )
         iy, ix = np.indices((rows, columns)).reshape(2, -1)
         steps = np.stack([ix, iy], axis=1)
-        if mask is not None:
-            cells: Any = slide.tissue_mask() if isinstance(mask, str) and mask == "tissue" else mask
-            cells = draw(cells, slide.view(1.0, "baseline").size_xy) if is_annotation(cells) else cells
-            cells = cells.thumbnail(MASK_SIZE) if isinstance(cells, HasThumbnail) else cells
-            cells = read_mask(cells, storage_options) if isinstance(cells, str | Path) else as_mask(cells)
+        used = None if mask is None else mask_over(slide, mask, storage_options)
+        if used is not None:
             origins = steps * np.array(stride_yx[::-1])
-            steps = steps[covered(origins, shape_yx, view.size_xy, cells, min_mask_ratio)]
+            steps = steps[covered(origins, shape_yx, view.size_xy, used.cells, min_mask_ratio)]
         order = np.lexsort((steps[:, 0], steps[:, 1], steps[:, 0] // STRIP))
         dtype = np.uint16 if max(rows, columns) <= 2**16 else np.uint32
-        return cls(shape_yx, stride_yx, view, steps[order].astype(dtype), slide.identity)
+        return cls(shape_yx, stride_yx, view, steps[order].astype(dtype), slide.identity, mask=used)
 
     @classmethod
     def from_h5(cls, path: str | Path, slide: HasViews) -> PatchGrid:
@@ -234,6 +252,17 @@ class PatchGrid:
     def __repr__(self) -> str:
         view, (h, w) = self.view, self.shape_yx
         return f"PatchGrid({len(self)} patches of {h} x {w} at {view.resolution} {view.units}, stride {self.stride_yx})"
+
+    def _repr_html_(self) -> str:
+        view, mask = self.view, self.mask
+        rows = {
+            "patches": f"{len(self)} of {self.shape_yx[0]} x {self.shape_yx[1]}",
+            "stride": f"{self.stride_yx[0]} x {self.stride_yx[1]}",
+            "resolution": f"{view.resolution} {view.units}, {view.size_xy[0]} x {view.size_xy[1]} pixels",
+            "read from": f"level {view.level}, scaled by {view.scale_xy[0]:g} x {view.scale_xy[1]:g}",
+            "mask": "none" if mask is None else f"{mask.method}, {mask.cells.mean():.0%} of the slide",
+        }
+        return html.table("PatchGrid", rows)
 
     def origins(self, steps_xy: NDArray[Any]) -> NDArray[np.int64]:
         """Top left corners, int64 (n, 2) as (x, y) at the requested resolution."""

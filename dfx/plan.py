@@ -320,7 +320,7 @@ class BlockWork:
     @classmethod
     def of(cls, slide: Slide, grid: PatchGrid, heads: tuple[Head, ...], options: Options) -> BlockWork:
         """Take what tasks need of a slide and its grid."""
-        return cls(slide, replace(grid, steps_xy=grid.steps_xy[:0], slide=""), heads, options)
+        return cls(slide, replace(grid, steps_xy=grid.steps_xy[:0], slide="", mask=None), heads, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Values without field names: every task carries this, and a task is to stay below 4 kB.

@@ -16,6 +16,7 @@ import numpy as np
 from dfx.errors import CallError, CallTypeError
 from dfx.remote import is_remote, matching, read_bytes, shown
 from dfx.resolution import one
+from dfx.tissue import METHODS
 
 COLUMNS = ("slide", "mpp", "power", "mask", "label")
 SUFFIXES = (".csv", ".txt")
@@ -34,7 +35,7 @@ class Row:
     power: float | None = None
     """Objective power, before the file's."""
     mask: str | None = None
-    """A path, "tissue" or "none"; None: nothing was said."""
+    """A path, "tissue", a method's name or "none"; None: nothing was said."""
     label: str | None = None
     """As it stands in the table."""
 
@@ -96,10 +97,10 @@ def matches(pattern: str | Path, storage_options: Mapping[str, Any] | None) -> l
 def read_table(address: str, storage_options: Mapping[str, Any] | None = None) -> list[Row]:
     """Read a table of slides.
 
-    .csv: comma-separated UTF-8 with a header: `slide`, and where wanted `mpp`, `power`, `mask` ("tissue", "none" or
-    a path) and `label` (kept as it stands); an empty cell says nothing. Another column is refused: it may be one of
-    these, misspelt. .txt: a slide a line; empty lines and those that begin with # are left out. Paths are relative
-    to the table. Raises `CallError`, naming file and line, for what can't be meant.
+    .csv: comma-separated UTF-8 with a header: `slide`, and where wanted `mpp`, `power`, `mask` ("tissue",
+    "hsv", "none" or a path) and `label` (kept as it stands); an empty cell says nothing. Another column is refused:
+    it may be one of these, misspelt. .txt: a slide a line; empty lines and those that begin with # are left out.
+    Paths are relative to the table. Raises `CallError`, naming file and line, for what can't be meant.
     """
     kind = suffix(address)
     if kind not in SUFFIXES:
@@ -149,7 +150,7 @@ def csv_rows(address: str, text: str) -> Iterator[Row]:
                 beside(address, said["slide"]),
                 number(said, "mpp", where),
                 number(said, "power", where),
-                mask if mask in (None, "tissue", "none") else beside(address, mask),
+                mask if mask is None or mask in ("tissue", "none", *METHODS) else beside(address, mask),
                 said.get("label"),
             )
     except csv.Error as e:

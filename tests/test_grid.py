@@ -19,7 +19,7 @@ import dfx
 from dfx import resolution as res
 from dfx.errors import CallError, CallTypeError, ResolutionError
 from dfx.grid import PatchGrid, covered
-from dfx.tissue import otsu_threshold, tissue_mask
+from dfx.tissue import otsu, otsu_threshold
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Bare:
     def view(self, resolution: Any, units: res.Units) -> res.View:
         return res.view(self.downsamples, self.size, resolution, units, mpp=self.mpp, power=self.power, name="bare")
 
-    def tissue_mask(self) -> NDArray[np.bool_]:
+    def tissue_mask(self, method: object = "otsu") -> NDArray[np.bool_]:
         assert self.tissue is not None
         return self.tissue
 
@@ -213,5 +213,5 @@ def test_otsu_is_scikit_images(seed: int, size: int, low: int, high: int) -> Non
 
 
 def test_an_even_picture_has_no_tissue() -> None:
-    assert not tissue_mask(np.full((20, 20, 3), 240, np.uint8)).any()
+    assert not otsu(np.full((20, 20, 3), 240, np.uint8)).any()
     assert not math.isnan(otsu_threshold(np.zeros((1, 1), np.uint8)))

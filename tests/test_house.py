@@ -13,13 +13,14 @@ import dfx
 
 ROOT = Path(dfx.__file__).parent
 ROOMS = [  # from the ground up; those of one line may not import each other
-    ["errors"],
+    ["errors", "html"],
     ["remote"],
     ["resolution"],
     ["tissue", "coords", "annotations"],
     ["grid"],
     ["slides"],
     ["reader"],
+    ["pictures"],
     ["encoders"],
     ["plan"],
     ["memory"],
@@ -29,7 +30,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
     ["store"],
     ["arrays", "loose"],
     ["run"],
-    ["table", "progress", "pictures", "counters", "export"],
+    ["table", "progress", "counters", "export", "report"],
     ["call"],
     ["extractor"],
     ["demo"],

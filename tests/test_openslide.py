@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 import dfx
 from dfx.cli import main
 from dfx.errors import SlideError, TileError
-from dfx.pictures import stored_slide
 from dfx.slides.cache import OPENED
 from dfx.slides.openslide import Regions, region_side
+from dfx.store import stored_slide
 
 Picture = NDArray[np.uint8]
 BACKEND = f"openslide {openslide.__library_version__}"
@@ -284,7 +284,7 @@ def test_a_run_over_worker_processes_says_what_read_the_slide_and_resumes(
     extractor.run([made], **call)
     assert block.read_bytes() == whole_block
     assert (path / "features/c/0/0").stat().st_mtime_ns == time
-    assert stored_slide(found).backend == BACKEND
+    assert stored_slide(path, found.attrs).backend == BACKEND
 
 
 def test_a_store_is_never_resumed_through_another_reader(

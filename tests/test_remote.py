@@ -409,6 +409,10 @@ def test_from_the_command_line(
     assert capsys.readouterr().out == "complete  made.zarr\n1 complete\n"
     assert main(["show", "s3://out/cli/made.zarr", "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").stat().st_size > 1000
+    assert main(["report", "s3://out/cli", "--out", str(tmp_path / "a.html")]) == 0
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "s3://out/cli" in page
+    assert "data:image/jpeg" in page
     assert main(["info", "s3://data/made.svs", "--storage-options", SECRET]) == 2
     assert SECRET not in "".join(capsys.readouterr())
 

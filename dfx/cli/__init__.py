@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from dfx.cli import demo, encoders, export, extract, info, show, status, worker_retire
+from dfx.cli import demo, encoders, export, extract, info, report, show, status, worker_retire
 from dfx.cli.codes import BAD_CALL, DONE, FAILURES, INTERRUPTED, TRY_AGAIN
 from dfx.cli.signals import Terminated, terminable
 from dfx.errors import ClusterLost, DfxError, RunError
 
 __all__ = ["BAD_CALL", "DONE", "FAILURES", "INTERRUPTED", "TRY_AGAIN", "entry", "main", "parser"]
 
-COMMANDS = (extract, info, status, encoders, show, export, demo, worker_retire)
+COMMANDS = (extract, info, status, report, encoders, show, export, demo, worker_retire)
 """In the order of `dfx --help`."""
 
 

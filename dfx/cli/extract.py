@@ -50,8 +50,9 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--mask",
         default="tissue",
-        metavar="tissue|none|PATH",
-        help="which patches are kept (default: tissue); a file, an image or GeoJSON, is one slide's",
+        metavar="tissue|hsv|none|PATH",
+        help="which patches are kept (default: tissue, by Otsu's threshold); hsv leaves pen marks out; "
+        "MODULE:FUNCTION finds tissue on a thumbnail; a file, an image or GeoJSON, is one slide's",
     )
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
@@ -108,13 +109,16 @@ def run(args: argparse.Namespace) -> int:
     from dfx.counters import Counters, serve
     from dfx.extractor import DeepFeatureExtractor
     from dfx.table import read_table, rows_of
+    from dfx.tissue import is_method
 
+    options = storage.options(args)
     if bool(args.slides) == bool(args.table):
         raise CallError("give slides, or --table with a file that names them.")
     if args.table:
-        read_table(args.table, args.storage_options)
-    slides = args.table or [row.given for row in rows_of(args.slides, args.storage_options)]
-    if args.mask not in ("tissue", "none") and (args.table or len(slides) > 1):
+        read_table(args.table, options)
+    slides = args.table or [row.given for row in rows_of(args.slides, options)]
+    method = "otsu" if args.mask in ("tissue", "none") else args.mask if is_method(args.mask) else None
+    if method is None and (args.table or len(slides) > 1):
         count = "those of a table" if args.table else f"{len(slides)}"
         raise CallError(
             f"--mask {args.mask} is one slide's mask, but the slides are {count}: run each alone, "
@@ -123,7 +127,6 @@ def run(args: argparse.Namespace) -> int:
     model: Any = args.encoder if len(args.encoder) > 1 else args.encoder[0]
     weights: Any = args.weights[0] if args.weights and len(args.weights) == 1 else args.weights
     resolution = int(args.resolution) if args.units == "level" and args.resolution.is_integer() else args.resolution
-    masks: list[Any] | None = None if args.mask in ("tissue", "none") else [args.mask]
     given = {"mpp": args.slide_mpp, "power": args.slide_power}
     tls = [args.tls_ca, args.tls_cert, args.tls_key]
     if any(tls) and not (all(tls) and str(args.scheduler).startswith("tls://")):
@@ -135,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
     attempt = partial(
         extractor.run,
         slides,
-        masks=masks,
+        masks=None if method else [args.mask],
         patch_mode=False,
         input_resolutions=[{"resolution": resolution, "units": args.units}],
         patch_input_shape=args.patch,
@@ -143,13 +146,14 @@ def run(args: argparse.Namespace) -> int:
         save_dir=args.out,
         overwrite=args.overwrite,
         output_type="zarr",
-        auto_get_mask=args.mask == "tissue",
+        auto_get_mask=args.mask != "none",
+        tissue=method or "otsu",
         reading=args.reading,
         on_bad_tile=args.on_bad_tile,
         block_timeout=args.block_timeout,
         memory_threshold=args.memory_threshold,
         wsireader_kwargs={name: value for name, value in given.items() if value is not None},
-        storage_options=storage.options(args),
+        storage_options=options,
         on_error=args.on_error,
     )
     counters = Counters()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.encoders.cards import Card, list_encoders, unusual_mpp
+from dfx.encoders.segmenter import Segmenter, load_segmenter
 from dfx.encoders.spec import EncoderSpec, Triple
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import whole_pair
@@ -25,12 +26,14 @@ __all__ = [
     "Card",
     "EncoderLike",
     "EncoderSpec",
+    "Segmenter",
     "check_device",
     "device_here",
     "encode",
     "footprint",
     "list_encoders",
     "load_encoder",
+    "load_segmenter",
     "output",
     "unusual_mpp",
 ]

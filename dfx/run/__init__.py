@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import distributed
 
-from dfx import cluster, memory
-from dfx.encoders import EncoderSpec, unusual_mpp
+from dfx import cluster, html, memory
+from dfx.encoders import EncoderSpec, Segmenter, unusual_mpp
 from dfx.errors import DfxError, RunError
 from dfx.plan import Options
 from dfx.run import health
@@ -66,6 +66,11 @@ class RunResult(dict[Any, Any]):
         """Input -> what went wrong with it."""
         self.cache: Path | None = None
         """Temporary folder that lazy arrays read from; it goes with this result."""
+
+    def _repr_html_(self) -> str:
+        failed = {f"{given}: failed": error for given, error in self.failures.items()}
+        arrays = {given: "arrays" if isinstance(output, dict) else output for given, output in self.items()}
+        return html.table(f"{len(self)} done, {len(self.failures)} failed", arrays | failed)
 
     def make_cache(self) -> Path:
         """Give the temporary folder, made when first needed."""
@@ -121,7 +126,7 @@ def run_slides(
     warned: set[str] = set()
     health.await_workers(client)
     with cluster.admitted(client, options.device) as device:
-        for encoder in encoders:
+        for encoder in [*encoders, *(item.mask.encoder for item in items if isinstance(item.mask, Segmenter))]:
             cluster.share(encoder, client)
         same = replace(options, device=device)
         requests = (

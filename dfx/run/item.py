@@ -22,7 +22,7 @@ class Item:
     slide: str | Path | Slide
     """What is opened, or is open already."""
     mask: Any = "tissue"
-    """"tissue", None, an array, a path or a URL."""
+    """As `PatchGrid.over` takes it."""
     label: Any = None
     """Kept with the output."""
     mpp: float | tuple[float, float] | None = None

@@ -11,6 +11,7 @@ import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
+from dfx import html
 from dfx import resolution as res
 from dfx.errors import CallTypeError, ResolutionError, SlideError, TileError
 from dfx.slides.ahead import announced
@@ -18,7 +19,7 @@ from dfx.slides.cache import OPENED, TILES
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level, TileGrid, as_rgb
 from dfx.slides.source import ByteSource
-from dfx.tissue import tissue_mask
+from dfx.tissue import Segment, as_mask, segment_of
 
 COMMON_POWERS = (1, 1.25, 2, 2.5, 4, 5, 10, 20, 40, 60, 90, 100)
 MOST_THUMBNAIL_PIXELS = 2**26
@@ -69,6 +70,21 @@ class Slide:
     def __repr__(self) -> str:
         width, height = self.dimensions
         return f"Slide({self.url!r}, {width} x {height}, {len(self.levels)} levels, mpp={self.mpp}, power={self.power})"
+
+    def _repr_html_(self) -> str:
+        unknown = "unknown"
+        rows = {
+            "vendor": self.vendor,
+            "dimensions": f"{self.dimensions[0]} x {self.dimensions[1]}",
+            "levels": ", ".join(f"{level.dimensions[0]} x {level.dimensions[1]}" for level in self.levels),
+            "mpp": unknown if self.mpp is None else f"{self.mpp[0]:g} x {self.mpp[1]:g}",
+            "power": unknown if self.power is None else f"{self.power:g}",
+        }
+        try:
+            picture = self.thumbnail(256)
+        except SlideError:  # channels that are no colours, a damaged tile
+            picture = None
+        return html.table(f"Slide {self.url}", rows | ({"note": "; ".join(self.notes)} if self.notes else {}), picture)
 
     @property
     def dimensions(self) -> tuple[int, int]:
@@ -214,13 +230,18 @@ class Slide:
             paste(canvas, tile, (y - y0, x - x0))
         return canvas
 
-    def tissue_mask(self) -> NDArray[np.bool_]:
-        """Find tissue by Otsu's threshold on a thumbnail: bool (rows, columns) over the whole slide.
+    def tissue_mask(self, method: str | Segment = "otsu") -> NDArray[np.bool_]:
+        """Find tissue on a thumbnail: bool (rows, columns) over the whole slide.
 
-        The thumbnail is at 1.25x as TIAToolbox has it (6 mpp where only `mpp=` was given). Where
-        the slide says nothing of its resolution, it is a sixteenth of the baseline.
+        `method`: "otsu" (darker than Otsu's threshold, as TIAToolbox has it), "hsv" (stained, and no pen mark), a
+        function of a thumbnail, uint8 RGB (H, W, 3), that gives (H, W), or "module:function", which names one.
+        The thumbnail is at 1.25x as TIAToolbox has it (6 mpp where only `mpp=` was given), or at the function's
+        `mpp` where it has one. Where the slide says nothing of its resolution, it is a sixteenth of the baseline.
+        Raises `CallError` for a method that is not there, `ResolutionError` where an `mpp` can't be had.
         """
-        return tissue_mask(self.picture(self._mask_view()))
+        segment = segment_of(method)
+        mpp: float | None = getattr(segment, "mpp", None)
+        return as_mask(segment(self.picture(self._mask_view() if mpp is None else self.view(mpp, "mpp"))))
 
     def _mask_view(self) -> res.View:
         power = self.power

@@ -18,8 +18,13 @@ def write_slide(path: str | Path, width: int = 3072, height: int = 2560, *, mpp:
 
     The same arguments give the same pixels. Levels are made by area averaging, so they agree.
     """
+    return write_picture(path, paint(width, height, seed), mpp=mpp, seed=seed)
+
+
+def write_picture(path: str | Path, baseline: NDArray[np.uint8], *, mpp: float, seed: int = 0) -> Path:
+    """Write a picture, uint8 RGB, as such a slide."""
     path = Path(path)
-    baseline = paint(width, height, seed)
+    height, width = baseline.shape[:2]
     power = 10 / mpp
     described = (
         f"Aperio Image Library (dfx synthetic)\r\n{width}x{height} [0,0 {width}x{height}] ({TILE}x{TILE}) JPEG/RGB Q=85"
@@ -56,10 +61,7 @@ def tiles(level: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
 def paint(width: int, height: int, seed: int) -> NDArray[np.uint8]:
     """Paint H&E-like tissue: pink stroma, paler lumina, purple nuclei whose density varies, on glass."""
     rng = np.random.default_rng(seed)
-    shape = _noise(rng, width, height, 5)
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    away = np.hypot(x / width - 0.5, (y / height - 0.5) * 1.1)
-    tissue = 0.5 * shape + 1 - 2.3 * away > 0
+    tissue = outline(rng, width, height)
     gland = _noise(rng, width, height, 14)
     dense = _noise(rng, width, height, 8)
     fibre = _noise(rng, width, height, 160)
@@ -73,6 +75,14 @@ def paint(width: int, height: int, seed: int) -> NDArray[np.uint8]:
     picture = picture * (1 - cover) + nucleus * cover
     picture = np.where(tissue[..., None], picture, glass) + grain[..., None]
     return np.asarray(np.clip(picture, 0, 255), np.uint8)
+
+
+def outline(rng: np.random.Generator, width: int, height: int) -> NDArray[np.bool_]:
+    """Where `paint` puts tissue, by the first numbers of its generator."""
+    shape = _noise(rng, width, height, 5)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    away = np.hypot(x / width - 0.5, (y / height - 0.5) * 1.1)
+    return np.asarray(0.5 * shape + 1 - 2.3 * away > 0)
 
 
 def _noise(rng: np.random.Generator, width: int, height: int, cells: int) -> NDArray[np.float32]:

@@ -4,6 +4,7 @@
         features            (N, D) floating, one chunk a block, NaN where nothing was written yet;
                             with several encoders a group with one such array each
         coordinates         int64 (N, 4) [x0, y0, x1, y1] at the requested resolution, end exclusive
+        mask                bool (rows, columns) over the whole slide, where a mask chose the patches
         labels              where given
         notes/              while it is written: what blocks noted; goes into the attribute when it is closed
 
@@ -29,12 +30,13 @@ import zarr
 from dfx.errors import StoreError
 from dfx.plan import FORMAT, Head
 from dfx.store.place import At, Disk, Place, place_of
+from dfx.tissue import Mask
 
 META = "zarr.json"
 """Where zarr keeps a group's attributes."""
 NOTES = "notes"
 """Where blocks note what is to be known of them beside their features."""
-NODES = (META, "features", "coordinates", "labels", NOTES)
+NODES = (META, "features", "coordinates", "mask", "labels", NOTES)
 """What dfx writes into a store's folder."""
 
 
@@ -152,6 +154,17 @@ def create_features(group: zarr.Group, n: int, heads: Sequence[Head], block_size
             compressors=None,  # zstd takes 3 times as long to write floats and saves 8 %
             config={"write_empty_chunks": True},  # so that a chunk that is absent was not written
         )
+
+
+def create_mask(group: zarr.Group, mask: Mask, dimensions: tuple[int, int]) -> None:
+    """Write the mask that chose the patches: bool (rows, columns), stretched over the slide's (width, height)."""
+    factors = [whole / cells for whole, cells in zip(dimensions, mask.cells.shape[::-1], strict=True)]
+    group.create_array(
+        "mask",
+        data=mask.cells,
+        chunks=(min(2048, mask.cells.shape[0]), min(2048, mask.cells.shape[1])),
+        attributes={"method": mask.method, "to_baseline": factors},
+    )
 
 
 def features_array(place: Place, name: str) -> zarr.Array[Any]:

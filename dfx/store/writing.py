@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from dfx.store.layout import (
     check_ours,
     create_features,
     create_group,
+    create_mask,
     dfx_attributes,
     encoders_in,
     features_array,
@@ -32,6 +35,8 @@ from dfx.store.place import At, Place, place_of
 
 CLOSING = "closing.json"
 """Among the notes: what the store will say of them, by whoever came first to close it."""
+AT_ONCE = 16
+"""Notes that are read together: there is one a block, and each takes a request where they lie in a bucket."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +106,8 @@ class Store:
             },
         )
         array[...] = coordinates
+        if plan.grid.mask is not None:
+            create_mask(group, plan.grid.mask, plan.slide.dimensions)
         create_features(group, len(plan.grid), plan.heads, plan.options.block_size)
 
     @property
@@ -124,20 +131,30 @@ def write_note(place: Place, name: str, said: dict[str, Any]) -> None:
     place.write(f"{NOTES}/{name}.json", json.dumps(said).encode())
 
 
-def read_notes(place: Place) -> dict[str, Any]:
-    """Bring the notes of all blocks together."""
-    damaged: set[str] = set()
-    batches: dict[str, int] = {}
+def read_notes(place: Place, said: dict[str, Any]) -> dict[str, Any]:
+    """Bring together what a store says of its blocks and what they noted since; seconds of several runs add up.
+
+    `said` is what the store says of itself. Raises `FileNotFoundError` where another run closes it meanwhile.
+    """
+    damaged: set[str] = set(said.get("damaged_tiles", ()))
+    batches: dict[str, int] = dict(said.get("batches", {}))
+    seconds: Counter[str] = Counter(said.get("seconds", {}))
     notes = place / NOTES
-    for name in sorted(notes.files()):
-        if not name.endswith(".json") or name.startswith(".") or name == CLOSING:
-            continue
-        said = json.loads(notes.read(name))
-        damaged.update(said["damaged_tiles"])
-        if "batch_size" in said:
-            batches[name.removesuffix(".json")] = said["batch_size"]
-    found: dict[str, Any] = {"damaged_tiles": sorted(damaged)} if damaged else {}
-    return found | ({"batches": batches} if batches else {})
+    names = [
+        name
+        for name in sorted(notes.files())
+        if name.endswith(".json") and not name.startswith(".") and name != CLOSING
+    ]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for name, text in zip(names, pool.map(notes.read, names), strict=True):
+            note = json.loads(text)
+            damaged.update(note["damaged_tiles"])
+            seconds.update(note.get("seconds", {}))  # none in those of an earlier version
+            if "batch_size" in note:
+                batches[name.removesuffix(".json")] = note["batch_size"]
+    rounded = {stage: round(s, 3) for stage, s in seconds.items()}
+    found = {"damaged_tiles": sorted(damaged), "batches": batches, "seconds": rounded}
+    return {name: value for name, value in found.items() if value}
 
 
 _closing = threading.Lock()
@@ -149,12 +166,13 @@ def finish(place: Place) -> None:
     Of runs that close it at once, what the first noted holds: it is told by a file that one of them creates.
     Raises `StoreError` where blocks are gone that were written.
     """
-    missing = Store.at(place, encoders_in(dfx_attributes(place) or {})).missing()
+    before = dfx_attributes(place) or {}
+    missing = Store.at(place, encoders_in(before)).missing()
     if missing:
         raise StoreError(f"{place} has lost {len(missing)} blocks while it was written: run again to make them anew.")
     notes = place / NOTES
     try:
-        said = read_notes(place)
+        said = read_notes(place, before)
         if not notes.create(CLOSING, json.dumps(said).encode()):
             said = json.loads(notes.read(CLOSING))
     except FileNotFoundError:  # another run has closed it meanwhile, and removed them
