@@ -33,6 +33,8 @@ from manifests import (
 )
 
 from dfx.cli import parser
+from dfx.cluster import cluster_spec
+from dfx.errors import CallError
 
 FOLDERS = [BASE, *OVERLAYS]
 DASK = ("DaskCluster", "DaskAutoscaler")
@@ -278,3 +280,24 @@ def test_settings_and_secrets_that_containers_name_are_there(docs: list[Doc]) ->
             environment(docs, container)
             secrets = [source["secretRef"]["name"] for source in container.get("envFrom", []) if "secretRef" in source]
             assert secrets in ([], ["dfx-s3"])
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+@pytest.mark.parametrize("kubernetes", KUBERNETES)
+def test_clusters_made_from_python_are_taken_by_the_operator_and_by_kubernetes(gpus: int, kubernetes: str) -> None:
+    spec = cluster_spec("dfx", "dfx:0.1.0", 3, gpus_per_worker=gpus, env={"A": "1"}, service_account="dfx-worker")
+    validate_crd(spec)
+    made = expand(spec)
+    for doc in made:
+        kubernetes_validate.validate(doc, kubernetes, strict=True)
+    [worker] = made[2]["spec"]["template"]["spec"]["containers"]
+    assert worker["resources"]["limits"].get("nvidia.com/gpu") == (str(gpus) if gpus else None)
+    assert worker["args"][:2] == ["dask", "worker"]
+    assert ("--preload-nanny" in worker["args"]) == (gpus > 1)
+    assert "distributed.http.scheduler.api" in str(spec["spec"]["scheduler"]["spec"]["containers"][0]["env"])
+
+
+@pytest.mark.parametrize("wrong", [{"n_workers": 0}, {"gpus_per_worker": -1}, {"memory": "1GGG"}])
+def test_a_cluster_that_can_not_be_is_refused_before_it_is_asked_for(wrong: dict[str, Any]) -> None:
+    with pytest.raises(CallError):
+        cluster_spec(**{"name": "dfx", "image": "dfx:0.1.0", "n_workers": 1} | wrong)
