@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,11 +31,13 @@ from hypothesis import strategies as st
 import dfx
 from benchmarks.server import Asked, Server
 from dfx import kernel, remote
+from dfx.arrays import make_plan
 from dfx.cli import main
 from dfx.errors import CallError, RunError, SlideError, StoreError
+from dfx.plan import Options
 from dfx.slides import fetch
 from dfx.slides.synthetic import write_slide
-from dfx.store import place_of, statuses
+from dfx.store import Store, place_of, statuses
 from dfx.store.writing import finish, write_note
 
 SECRET = "wJalrXUtnFEMI-K7MDENG"
@@ -372,6 +375,23 @@ def test_of_those_who_create_a_marker_at_once_one_wins(s3: Any, tmp_path: Path) 
         assert won.count(True) == 1
         assert place.read("marker") == str(won.index(True)).encode()
         place.remove(["marker"])
+
+
+def test_many_runs_that_make_one_store_at_once_make_one_in_a_bucket_too(s3: Any, made_slide: Path) -> None:
+    _, options = s3
+    grid = dfx.PatchGrid.over(dfx.open_slide(made_slide), shape=64, resolution=0.5, mask=None)
+    plan = make_plan(dfx.open_slide(made_slide), grid, [dfx.load_encoder(nets.Means())], Options(block_size=16))
+    place = place_of("s3://out/many/one.zarr", options)
+    place.write("features/c/9/0", b"of a store that was removed")
+    start = threading.Barrier(6)
+
+    def make(n: int) -> None:
+        start.wait()
+        Store.prepare(place, plan).arrays[0][16 * n : 16 * n + 16] = np.ones((16, 6), np.float32)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(make, range(6)))
+    assert Store.prepare(place, plan).missing() == list(range(6, plan.blocks))
 
 
 def test_two_runs_of_one_store_at_once_do_no_harm_and_what_was_noted_is_kept(

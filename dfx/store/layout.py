@@ -121,7 +121,7 @@ def in_one_step(place: Place, instead_of: dict[str, Any] | None) -> Iterator[Pla
         if instead_of is not None:
             place.remove(NODES)
         if not place.take(made) and dfx_attributes(place) is None:  # blocks of a removed store, or a user's files
-            place.remove(NODES)
+            place.remove([name for name in place.files() if is_block(name)])  # others may be putting theirs there now
             place.fill(made, META)
 
 

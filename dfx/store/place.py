@@ -222,6 +222,8 @@ class Disk:
         """Rename what was made into it."""
         self.path.mkdir(exist_ok=True)
         for node in sorted(made.path.iterdir(), key=lambda node: node.name == last):
+            if (self.path / node.name).is_dir():
+                shutil.rmtree(self.path / node.name)
             node.rename(self.path / node.name)
 
     def zarr(self) -> str:
