@@ -286,9 +286,8 @@ def test_a_store_of_which_only_blocks_are_left_is_made_again(
 ) -> None:
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
     for path in (tmp_path / "made.zarr").rglob("*"):
-        if path.is_file() and path.parent.parent.name != "c":
+        if path.is_file() and path.parts[-4:-2] != ("features", "c"):
             path.unlink()
-    shutil.rmtree(tmp_path / "made.zarr" / "coordinates")
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
     assert np.allclose(dfx.open_features(tmp_path / "made.zarr").features.compute(), expected(made_slide)[0], atol=1e-5)
 
