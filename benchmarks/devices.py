@@ -17,6 +17,7 @@ from torch import nn
 import dfx
 from dfx import kernel, run
 from dfx.plan import BlockWork, Options
+from dfx.store import place_of
 
 WIDTH = 512
 
@@ -61,7 +62,7 @@ def extract(
             run.GridOptions(patch, mpp, "mpp"),
             options or Options(),
             client,
-            save_dir=Path(folder),
+            save_dir=place_of(folder),
             notify=notify,
         )
         end = time.perf_counter()

@@ -19,6 +19,7 @@ from benchmarks.peers import Peer
 from dfx.cluster import embedded
 from dfx.plan import Options
 from dfx.run import GridOptions, Item, run_slides
+from dfx.store import place_of
 
 NAME, BATCH, PATCH, MPP = "resnet18", 64, 224, 0.5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -69,7 +70,7 @@ def measure(path: Path, *, rounds: int, threads: int, part: int = 1024, peers: l
                 GridOptions(PATCH, MPP, "mpp"),
                 Options(batch_size=BATCH),
                 client,
-                save_dir=Path(folder) / str(n),
+                save_dir=place_of(Path(folder) / str(n)),
             )
             ours = len(masked) / (time.perf_counter() - start)
             assert not result.failures, result.failures

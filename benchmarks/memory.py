@@ -20,6 +20,7 @@ import dfx
 from benchmarks.memory import BLOCK, MPP, PATCH, peak, reset_peak, resident
 from dfx import arrays, cluster, run
 from dfx.plan import Options
+from dfx.store import place_of
 
 path, name, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 with cluster.embedded(threads) as client:
@@ -30,7 +31,7 @@ with cluster.embedded(threads) as client:
     with tempfile.TemporaryDirectory() as folder:
         result = run.run_slides(
             [run.Item(("slide",), path, None)], [encoder], run.GridOptions(PATCH, MPP, "mpp"),
-            Options(block_size=BLOCK), client, save_dir=Path(folder),
+            Options(block_size=BLOCK), client, save_dir=place_of(folder),
             notify=lambda event: plans.append(event) if isinstance(event, run.Planned) else None,
         )
         assert not result.failures, result.failures

@@ -28,6 +28,8 @@ from dfx.plan import BlockWork, Options
 from dfx.run import GridOptions, Item, Planned, SlideDone, SlideFailed
 from dfx.run.driver import Driver
 from dfx.run.planning import Request
+from dfx.store import place_of
+from dfx.store.place import Disk
 
 WIDTH = 8
 BLOCK = 16
@@ -72,7 +74,12 @@ def engine(client: distributed.Client, slides: list[Item], patch: int) -> None:
     encoder = dfx.load_encoder(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, WIDTH)))
     with tempfile.TemporaryDirectory() as folder:
         result = dfx.run.run_slides(
-            slides, [encoder], GridOptions(patch, 0.25, "mpp"), Options(block_size=BLOCK), client, save_dir=Path(folder)
+            slides,
+            [encoder],
+            GridOptions(patch, 0.25, "mpp"),
+            Options(block_size=BLOCK),
+            client,
+            save_dir=place_of(folder),
         )
         assert not result.failures, result.failures
 
@@ -149,9 +156,9 @@ class Some(Request):
     def __call__(self) -> Planned:
         """Plan the slide."""
         planned = super().__call__()
-        assert planned.path is not None
+        assert isinstance(planned.place, Disk)
         for block in planned.todo[self.executed :]:
-            folder = planned.path / "features" / "c" / str(block)
+            folder = planned.place.path / "features" / "c" / str(block)
             folder.mkdir(parents=True)
             with (folder / "0").open("wb") as chunk:
                 chunk.truncate(BLOCK * WIDTH * np.dtype(np.float32).itemsize)
@@ -175,20 +182,22 @@ def measure_long(path: Path, *, slides: int, executed: int, threads: int) -> lis
         where = GridOptions(patch, 0.25, "mpp")
         given = (Item((n,), path, None) for n in range(slides))
         requests = (
-            (item, Some(item, (encoder,), where, options, Path(folder) / f"{item.given[0]}.zarr", False, executed))
+            (item, Some(item, (encoder,), where, options, place_of(folder) / f"{item.given[0]}.zarr", False, executed))
             for item in given
         )
 
         done, blocks = 0, 0
         wall, cpu = time.perf_counter(), time.process_time()
-        driver = Driver(client, requests, keeps=lambda planned: False, cache=lambda item: Path(folder), timeout=3600)
+        driver = Driver(
+            client, requests, keeps=lambda planned: False, cache=lambda item: place_of(folder), timeout=3600
+        )
         for event in driver.events():
             if isinstance(event, Planned):
                 blocks += event.blocks
             elif isinstance(event, SlideFailed):
                 raise event.error
             elif isinstance(event, SlideDone):
-                shutil.rmtree(event.output)
+                shutil.rmtree(event.output.path)
                 done += 1
                 if done % (slides // 10) == 0:
                     now, cpu_now = time.perf_counter(), time.process_time()

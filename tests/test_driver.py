@@ -67,7 +67,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def remote(address: str) -> Iterator[distributed.Client]:
     with distributed.Client(address, set_as_default=False) as client:
-        client.wait_for_workers(1, timeout=60)
+        until(lambda: client.scheduler_info(n_workers=-1)["workers"])
         yield client
 
 

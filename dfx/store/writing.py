@@ -160,12 +160,13 @@ def read_notes(place: Place, said: dict[str, Any]) -> dict[str, Any]:
 _closing = threading.Lock()
 
 
-def finish(place: Place) -> None:
+def finish(at: At) -> None:
     """Close a store: notes, consolidated metadata, then the status, after which nothing is written.
 
     Of runs that close it at once, what the first noted holds: it is told by a file that one of them creates.
     Raises `StoreError` where blocks are gone that were written.
     """
+    place = place_of(at)
     before = dfx_attributes(place) or {}
     missing = Store.at(place, encoders_in(before)).missing()
     if missing:
