@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import dfx
-from benchmarks import devices, inference, memory, overlap, reading, scale
+from benchmarks import devices, inference, memory, overlap, reading, remote, scale
 from benchmarks.peers import ENCODERS, Peer
 from benchmarks.slide import write_large_slide
 
@@ -63,6 +63,11 @@ def run_long(args: argparse.Namespace) -> Rows:
     return scale.measure_long(slide_of(args), slides=args.slides, executed=args.executed, threads=args.threads)
 
 
+def run_remote(args: argparse.Namespace) -> Rows:
+    """A slide on servers: requests, bytes and speed beside the disk."""
+    return remote.measure(slide_of(args), rounds=args.rounds, threads=args.threads)
+
+
 def run_devices(args: argparse.Namespace) -> Rows:
     """1 to 16 devices that sleep, a worker process each."""
     return devices.measure(slide_of(args), counts=args.counts, seconds=args.seconds)
@@ -101,6 +106,7 @@ def main() -> None:
     p = add("long", run_long)
     p.add_argument("--slides", type=int, default=1000)
     p.add_argument("--executed", type=int, default=5, help="blocks of each slide that are executed, the rest planned")
+    add("remote", run_remote)
     p = add("devices", run_devices)
     p.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     p.add_argument("--seconds", type=float, default=20, help="for which each device has work, at least")

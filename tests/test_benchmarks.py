@@ -55,6 +55,14 @@ def test_a_long_run_holds_no_more_tasks_at_its_end_than_at_its_beginning(tmp_pat
     assert rows[-1]["scheduler_tasks"] <= rows[0]["scheduler_tasks"]
 
 
+def test_slides_on_servers_are_read_by_few_requests_and_hardly_more_bytes_than_needed(tmp_path: Path) -> None:
+    rows = run(tmp_path, "remote")
+    assert [row["from"] for row in rows] == ["disk", "HTTP", "HTTP, 30 ms", "S3"]
+    for row in rows[1:]:
+        assert row["open_requests"] <= 10
+        assert 0.99 <= row["times_needed_bytes"] <= 1.15
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
