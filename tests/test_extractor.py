@@ -286,7 +286,8 @@ def test_a_store_whose_metadata_was_removed_is_made_again(
 ) -> None:
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
     (tmp_path / "made.zarr" / "zarr.json").unlink()
-    shutil.rmtree(tmp_path / "made.zarr" / "coordinates")
+    for node in ("coordinates", "mask"):
+        shutil.rmtree(tmp_path / "made.zarr" / node)
     (tmp_path / "made.zarr" / "features" / "zarr.json").unlink()
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
     assert np.allclose(dfx.open_features(tmp_path / "made.zarr").features.compute(), expected(made_slide)[0], atol=1e-5)
