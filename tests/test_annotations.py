@@ -119,6 +119,12 @@ def test_run_takes_geojson_by_path_and_by_value(
     assert 10 < len(expected) < 300
     for result in (by_path, by_value):
         assert np.array_equal(result[made_slide]["coordinates"], expected)
+    kept = extractor.run([made_slide], masks=[BOTH], save_dir=tmp_path, **WSI)
+    assert isinstance(kept, dict)
+    mask = dfx.open_features(kept[made_slide]).mask
+    assert mask is not None
+    assert mask.method == "GeoJSON"
+    assert np.array_equal(mask.cells, draw(BOTH, dfx.open_slide(made_slide).dimensions))
     with pytest.raises(CallError, match="has 'Sphere'"):
         extractor.run([made_slide], masks=[{"type": "Sphere"}], **options)
 

@@ -325,6 +325,17 @@ def test_a_mask_may_lie_in_a_bucket(s3: Any, extractor: dfx.DeepFeatureExtractor
         extractor.run(["s3://data/made.svs"], masks=["s3://data/none.png"], **args)
 
 
+def test_the_signature_of_a_masks_url_is_not_kept(web: Server, made_slide: Path) -> None:
+    import cv2
+
+    assert web.root is not None
+    cv2.imwrite(str(web.root / "mask.png"), np.full((13, 16), 255, np.uint8))
+    mask = dfx.PatchGrid.over(dfx.open_slide(made_slide), mask=f"{web.url}/mask.png?signature={SECRET}").mask
+    assert mask is not None
+    assert mask.cells.all()
+    assert mask.method == f"{web.url}/mask.png"
+
+
 RUN = (
     "import sys, json; sys.path.insert(0, sys.argv[1]); import nets, dfx; from conftest import WSI\n"
     "dfx.DeepFeatureExtractor(nets.Slow(), batch_size=4, verbose=False).run(['s3://data/made.svs'],"

@@ -59,6 +59,16 @@ def test_each_row_says_its_own_of_its_slide(cohort: Path, tmp_path: Path, extrac
     assert [found.attrs["label"] for found in (b, a, c)] == ["tumour", "007", "with, comma"]
 
 
+def test_a_row_may_name_what_finds_its_tissue(
+    cohort: Path, tmp_path: Path, extractor: dfx.DeepFeatureExtractor
+) -> None:
+    path = table(cohort, "slide,mask\na.svs,hsv\nb.svs,tissue\ndeep/c.svs,\n")
+    result = extractor.run(path, tissue="hsv", save_dir=tmp_path / "out", **WSI)
+    assert isinstance(result, dict)
+    masks = [dfx.open_features(store).mask for store in result.values()]
+    assert [mask and mask.method for mask in masks] == ["hsv", "otsu", "hsv"]
+
+
 def test_what_the_call_says_of_all_slides_yields_to_a_row(cohort: Path, extractor: dfx.DeepFeatureExtractor) -> None:
     path = table(cohort, "slide,mpp\na.svs,0.25\nb.svs,\n")
     options = WSI | {"output_type": "dict", "wsireader_kwargs": {"mpp": 1.0}, "auto_get_mask": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -321,5 +322,6 @@ def _reopened(
             raise SlideError(f"{slide.url} changed since it was opened: open it again, or restore the file.")
         return slide
 
-    slide: Slide = OPENED.get((url, mpp, power, identity), build)
+    access = pickle.dumps(storage_options)  # credentials and servers change within a process's life
+    slide: Slide = OPENED.get((url, mpp, power, identity, access), build)
     return slide
