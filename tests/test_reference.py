@@ -247,6 +247,7 @@ def test_a_low_memory_threshold_leaves_nothing_but_the_output(made_slide: Path, 
     assert sorted(p.name for p in (tmp_path / "out" / "made.zarr").iterdir()) == [
         "coordinates",
         "features",
+        "mask",
         "zarr.json",
     ]
 
