@@ -37,18 +37,21 @@ def test_reading_reports_tiles_patches_and_the_other_tool(tmp_path: Path) -> Non
     assert rows[0]["times_openslide"] > 0
 
 
+@pytest.mark.slow
 def test_fast_reading_is_compared_at_each_shrinking(tmp_path: Path) -> None:
     rows = run(tmp_path, "fast", "--weights", "random")
     assert [row["shrunk"] for row in rows] == [2]  # by 4 and 8, the file has a level
     assert rows[0]["cosine_least"] > 0.9
 
 
+@pytest.mark.slow
 def test_scale_counts_as_many_blocks_of_dask_as_of_dfx(tmp_path: Path) -> None:
     rows = run(tmp_path, "scale")
     assert [row["slides"] for row in rows] == [1, 4, 40]
     assert all(row["dfx_ms_a_block"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_long_run_holds_no_more_tasks_at_its_end_than_at_its_beginning(tmp_path: Path) -> None:
     rows = run(tmp_path, "long", "--slides", "40", "--executed", "2")
     assert [row["slides"] for row in rows] == list(range(4, 41, 4))

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import dask
 import nets
 import numpy as np
 import psutil
@@ -68,7 +69,11 @@ def test_whatever_is_killed_every_store_is_the_undisturbed_one_or_says_why_not(s
     )
     assert isinstance(calm, dict)
     assert len(calm) == len(sound)
-    with distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster:
+    with (
+        # A LocalCluster ends the nanny of a worker that is not back, or dead again, after 15 seconds.
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"}),
+        distributed.LocalCluster(n_workers=3, threads_per_worker=1, dashboard_address=":0") as cluster,
+    ):
         stop, kills = threading.Event(), [0]
 
         def kill() -> None:

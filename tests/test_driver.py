@@ -294,6 +294,7 @@ def test_a_worker_that_is_not_known_is_not_retired(monkeypatch: pytest.MonkeyPat
     assert cli.main(["worker-retire", "--scheduler", f"tcp://127.0.0.1:{free_port()}", "--timeout", "1"]) == 3
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_dies_and_comes_back_is_found_again_and_the_run_is_the_undisturbed_one(
     made_slide: Path, tmp_path: Path
 ) -> None:
