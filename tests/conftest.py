@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 import dfx
 from dfx.slides.cache import TILES
 from dfx.slides.synthetic import write_slide
+
+sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/; last, so that the installed dfx is what is tested
 
 DATA = Path(os.environ.get("DFX_TEST_DATA", Path(__file__).parents[2] / "shared")).absolute()
 
