@@ -13,6 +13,7 @@ import distributed
 from distributed.core import Status
 from distributed.versions import get_versions
 
+from dfx.cluster.tasks import register
 from dfx.encoders import device_here
 from dfx.errors import CallError, EncoderError
 
@@ -47,7 +48,7 @@ def admitted(client: distributed.Client, device: str) -> Iterator[str]:
     _refuse("differ from this process", differing, "use one environment or image for all")
     device = _common(device, client.run(_device_of_worker, device, on_error="return"))
     plugin = Admission(here, device)
-    client.register_plugin(plugin)
+    register(client, plugin)
     try:
         yield device
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,6 +13,10 @@ from distributed.metrics import context_meter
 from dfx.cluster.connecting import current_client
 from dfx.encoders import EncoderSpec
 from dfx.encoders.spec import SHARED
+from dfx.errors import ClusterLost
+
+TRIES = 5
+"""Times that workers are given a plugin, while some of them die."""
 
 _handed: weakref.WeakKeyDictionary[distributed.Client, set[tuple[str, str]]] = weakref.WeakKeyDictionary()
 """Which of each client's schedulers has what, so that a large module is pickled once."""
@@ -52,8 +57,23 @@ def share(encoder: EncoderSpec, client: distributed.Client | None = None) -> Non
         return
     from dfx.encoders.modules import pickle_module
 
-    client.register_plugin(Handed(encoder.key, pickle_module(encoder)))
+    register(client, Handed(encoder.key, pickle_module(encoder)))
     handed.add(this)
+
+
+def register(client: distributed.Client, plugin: distributed.WorkerPlugin) -> None:
+    """Give a plugin to the workers of a client, also to those that join later; raises `ClusterLost`.
+
+    A worker that dies meanwhile fails the call, though the scheduler has the plugin and the others got it.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            client.register_plugin(plugin)
+            return
+        except OSError as e:
+            if not left:
+                raise ClusterLost(f"the workers of client {client.id} can't be reached ({e}): run again.") from e
+            time.sleep(1)
 
 
 def task_threads() -> int | None:
