@@ -81,7 +81,7 @@ class Unread(distributed.WorkerPlugin):  # type: ignore[misc]
 
 
 def unread(
-    steps_xy: NDArray[Any], work: BlockWork, out: NDArray[np.uint8] | None = None, damaged: set[str] | None = None
+    steps_xy: NDArray[Any], work: BlockWork, out: NDArray[np.uint8] | None = None, *others: Any
 ) -> NDArray[np.uint8]:
     """Stand in for reading patches."""
     assert out is not None
