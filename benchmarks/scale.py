@@ -29,7 +29,7 @@ from dfx.run import GridOptions, Item, Planned, SlideDone, SlideFailed
 from dfx.run.driver import Driver
 from dfx.run.planning import Request
 from dfx.store import place_of
-from dfx.store.place import Disk
+from dfx.store.disk import Disk
 
 WIDTH = 8
 BLOCK = 16

@@ -17,6 +17,7 @@ from conftest import WSI
 import dfx
 from dfx import cli, store
 from dfx.slides.synthetic import write_slide
+from dfx.store import layout
 
 EVIL = '<img src=x onerror=alert(1)> & "q" \'s'
 CHROMIUM = shutil.which("chromium")
@@ -62,6 +63,12 @@ class Page(HTMLParser):
             self.heads[-1] += data
 
 
+def reopened(at: Path) -> Path:
+    """A closed store as it is before it is closed."""
+    layout.update(at, status="running")
+    return at
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, client: distributed.Client) -> Path:
     """Stores of a slide with a name that attacks, one whose slide is gone, one that failed, and one that is begun."""
@@ -75,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, client: distributed.Client)
     out = at / "out"
     extractor.run(slides, save_dir=out, client=client, tissue="hsv", block_size=16, **WSI)
     slides[1].unlink()
-    store.fail(out / "bad.zarr", "tile 3 of </td><script>alert(2)</script> is damaged")
+    store.fail(reopened(out / "bad.zarr"), "tile 3 of </td><script>alert(2)</script> is damaged")
     shutil.rmtree(out / "bad.zarr/features/c/1")
     for name in ("bad", "begun"):
         assert (out / f"{name}.zarr/features/c/0").exists()

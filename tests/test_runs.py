@@ -27,7 +27,7 @@ from dfx.arrays import make_plan
 from dfx.errors import CallError, CallTypeError, MemoryShortage, RunError, SlideError
 from dfx.plan import Needs, Options
 from dfx.slides.synthetic import write_slide
-from dfx.store import Store, statuses
+from dfx.store import Store, dfx_attributes, fail, finish, place_of, statuses, write_note
 
 ALL = WSI | {"auto_get_mask": False, "block_size": 16}
 
@@ -351,6 +351,31 @@ def test_many_runs_that_make_one_store_at_once_make_one(made_slide: Path, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["one.zarr"]
 
 
+def test_many_runs_that_close_one_store_at_once_close_it(made_slide: Path, tmp_path: Path) -> None:
+    slide = dfx.open_slide(made_slide)
+    grid = dfx.PatchGrid.over(slide, shape=64, resolution=0.5, mask=None)
+    plan = make_plan(slide, grid, [dfx.load_encoder(nets.Means())], Options(block_size=16))
+    at = place_of(tmp_path / "one.zarr")
+    start = threading.Barrier(8)
+
+    def close(_: int) -> None:
+        start.wait()
+        finish(at)
+
+    for attempt in range(5):
+        store = Store.prepare(at, plan, overwrite=True)
+        store.arrays[0][...] = np.ones((len(grid), 6), np.float32)
+        for n in range(200):
+            write_note(at, f"{n}-0", {"damaged_tiles": [f"{n}"]})
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(close, range(8)))
+        said = dfx_attributes(at) or {}
+        assert (said["status"], len(said["damaged_tiles"])) == ("complete", 200), attempt
+        assert not (tmp_path / "one.zarr" / "notes").exists(), attempt
+    fail(at, "a run that came too late")
+    assert (dfx_attributes(at) or {})["status"] == "complete"
+
+
 def test_an_interrupt_ends_at_once_and_the_same_command_goes_on(made_slide: Path, tmp_path: Path) -> None:
     line = [str(Path(sys.executable).parent / "dfx"), "extract", str(made_slide), "--encoder", "resnet18"]
     line += ["--weights", "random", "--resolution", "0.25", "--units", "mpp", "--patch", "224", "--mask", "none"]
@@ -395,12 +420,11 @@ def test_status_tells_complete_partial_failed_and_foreign(
     extractor_of(nets.Means()).run([made_slide, *others], save_dir=out, client=client, **ALL)
     assert main(["status", str(out)]) == 0
     assert "3 complete" in capsys.readouterr().out
-    from dfx.store import fail
     from dfx.store.layout import update
 
     update(out / "partial.zarr", status="running")
     (out / "partial.zarr" / "features" / "c" / "1" / "0").unlink()
-    fail(out / "failed.zarr", "tile 3 is damaged")
+    update(out / "failed.zarr", status="failed", failure="tile 3 is damaged")
     (out / "notes.txt").write_text("mine")
     zarr.create_group(str(out / "theirs.zarr"))
     assert main(["status", str(out)]) == 1

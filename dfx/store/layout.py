@@ -29,7 +29,8 @@ import zarr
 
 from dfx.errors import StoreError
 from dfx.plan import FORMAT, Head
-from dfx.store.place import At, Disk, Place, place_of
+from dfx.store.disk import Disk
+from dfx.store.place import At, Place, place_of
 from dfx.tissue import Mask
 
 META = "zarr.json"

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from dfx.errors import StoreError
 from dfx.plan import Head, Plan, describe_heads, differences
 from dfx.store.layout import (
+    META,
     NOTES,
     check_ours,
     create_features,
@@ -113,7 +116,7 @@ class Store:
     @property
     def complete(self) -> bool:
         """Whether all blocks are written and the store is closed."""
-        return (dfx_attributes(self.place) or {}).get("status") == "complete"
+        return is_complete(self.place)
 
     def missing(self) -> list[int]:
         """Which blocks are not written yet, in order."""
@@ -157,11 +160,8 @@ def read_notes(place: Place, said: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value}
 
 
-_closing = threading.Lock()
-
-
 def finish(at: At) -> None:
-    """Close a store: notes, consolidated metadata, then the status, after which nothing is written.
+    """Close a store: notes, its nodes' metadata and the status are written in one step, after which nothing is.
 
     Of runs that close it at once, what the first noted holds: it is told by a file that one of them creates.
     Raises `StoreError` where blocks are gone that were written.
@@ -171,25 +171,48 @@ def finish(at: At) -> None:
     missing = Store.at(place, encoders_in(before)).missing()
     if missing:
         raise StoreError(f"{place} has lost {len(missing)} blocks while it was written: run again to make them anew.")
-    notes = place / NOTES
-    try:
-        said = read_notes(place, before)
-        if not notes.create(CLOSING, json.dumps(said).encode()):
-            said = json.loads(notes.read(CLOSING))
-    except FileNotFoundError:  # another run has closed it meanwhile, and removed them
-        said = {}
-    if (dfx_attributes(place) or {}).get("status") != "complete":
-        with _closing, warnings.catch_warnings():  # which is no other thread's to enter
-            warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the zarr 3 standard yet
-            warnings.filterwarnings("ignore", message="Object at")  # a user's file in the store's folder
-            zarr.consolidate_metadata(place.zarr(), zarr_format=3)
-        update(place, status="complete", failure=None, **said)
+    if before["status"] != "complete":
+        notes = place / NOTES
+        try:
+            said = read_notes(place, before)
+            if not notes.create(CLOSING, json.dumps(said).encode()):
+                said = json.loads(notes.read(CLOSING))
+        except FileNotFoundError:  # another run is removing them, which has closed it; if not, they are lost
+            if not is_complete(place):
+                raise
+        if not is_complete(place):  # were any removed as they were read, it is
+            place.write(META, closed(place, said))
     place.remove([NOTES])
 
 
+_closing = threading.Lock()
+
+
+def closed(place: Place, said: dict[str, Any]) -> bytes:
+    """Give what zarr keeps of a complete store: its attributes, and the metadata of the nodes in it."""
+    nodes = {"features", *node_names(encoders_in(dfx_attributes(place) or {})), *("coordinates", "mask", "labels")}
+    files = [META, *(f"{node}/{META}" for node in sorted(nodes))]
+    there = [name for name, size in zip(files, place.sizes(files), strict=True) if size is not None]
+    buffer = default_buffer_prototype().buffer
+    copy = {name: buffer.from_bytes(place.read(name)) for name in there}
+    with _closing, warnings.catch_warnings():  # which is no other thread's to enter
+        warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the zarr 3 standard yet
+        group = zarr.consolidate_metadata(MemoryStore(copy), zarr_format=3)
+        changed = {**dict(group.attrs["dfx"]), **said, "status": "complete"}  # type: ignore[arg-type]
+        changed.pop("failure", None)
+        group.attrs["dfx"] = changed
+    return copy[META].to_bytes()
+
+
 def fail(at: At, reason: str) -> None:
-    """Note why the slide failed; running again goes on from here."""
-    update(at, status="failed", failure=reason)
+    """Note why the slide failed; running again goes on from here. A store that another run has closed stays so."""
+    if not is_complete(place_of(at)):
+        update(at, status="failed", failure=reason)
+
+
+def is_complete(place: Place) -> bool:
+    """Whether a store is closed, all of its blocks written."""
+    return (dfx_attributes(place) or {}).get("status") == "complete"
 
 
 @dataclass(frozen=True, eq=False)
