@@ -18,6 +18,7 @@ import distributed
 import psutil
 import pytest
 from clusters import dask, scheduler
+from dask import config as dask_config
 
 from dfx import cluster, pin
 from dfx.errors import CallError, CallTypeError
@@ -130,13 +131,14 @@ def test_a_pin_that_is_there_is_left_and_a_nanny_that_ends_gives_its_gpu_back(
 # The cluster of this machine
 
 
-def test_a_local_cluster_has_a_process_a_gpu_and_listens_on_loopback_only() -> None:
+def test_a_local_cluster_has_a_process_a_gpu_which_comes_back_and_listens_on_loopback_only() -> None:
     def listening() -> dict[Any, int]:
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         return {c.laddr: p.pid for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN}
 
     already = listening()
     with (
+        dask_config.set({"distributed.deploy.lost-worker-timeout": "1 ms"}),  # a worker is never back that soon
         cluster.local(gpus=[*UUIDS], threads_per_gpu=3, memory_limit="1 GiB") as made,
         distributed.Client(made, set_as_default=False) as client,
     ):
@@ -160,7 +162,7 @@ def test_a_local_cluster_has_a_process_a_gpu_and_listens_on_loopback_only() -> N
 
 def test_without_gpus_cores_and_memory_are_shared_fairly(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    monkeypatch.setattr(distributed, "SpecCluster", lambda workers, **options: made.append((workers, options)))
+    monkeypatch.setattr(cluster.machine, "_Nannied", lambda workers, **options: made.append((workers, options)))
     monkeypatch.setattr(cluster.machine, "CPU_COUNT", 20)
     monkeypatch.setattr(cluster.machine, "MEMORY_LIMIT", 100 * 2**30)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")

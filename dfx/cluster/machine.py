@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import dask
 import distributed
@@ -106,13 +106,22 @@ def local(
     worker = {"nthreads": each, "memory_limit": limit, "silence_logs": logging.WARNING, **listening}
     pins: Sequence[dict[str, str]] = [{VARIABLE: gpu} for gpu in given] or [{}] * count
     with _own_routes():
-        return distributed.SpecCluster(
+        return _Nannied(
             workers={n: {"cls": distributed.Nanny, "options": worker | {"env": pin}} for n, pin in enumerate(pins)},
             scheduler={"cls": distributed.Scheduler, "options": {"port": 0, **listening}},
             security=security,
             silence_logs=logging.WARNING,
             name="dfx",
         )
+
+
+class _Nannied(distributed.SpecCluster):  # type: ignore[misc]
+    """A cluster whose nannies start their workers again, however long that takes."""
+
+    def _update_worker_status(self, op: str, msg: Any) -> None:
+        # Dask's closes a nanny whose worker is not back within "distributed.deploy.lost-worker-timeout", 15 seconds,
+        # which importing torch may take on a busy machine, and never replaces it.
+        super(distributed.SpecCluster, self)._update_worker_status(op, msg)
 
 
 @contextmanager
