@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import CallError
+from dfx.remote import is_remote, read_bytes, shown
 
 SIZE = 4096
 """Longer side, in cells, at which polygons are drawn; of a slide that is smaller, its own."""
@@ -26,19 +27,28 @@ Ring = NDArray[np.float64]
 
 def is_annotation(mask: object) -> bool:
     """Whether a mask is GeoJSON: a mapping of it, or a path that ends so."""
-    return isinstance(mask, Mapping) or (isinstance(mask, str | Path) and Path(mask).suffix.lower() in SUFFIXES)
+    return isinstance(mask, Mapping) or (
+        isinstance(mask, str | Path) and Path(shown(str(mask))).suffix.lower() in SUFFIXES
+    )
 
 
-def draw(annotations: str | Path | Mapping[str, Any], size_xy: tuple[int, int]) -> NDArray[np.bool_]:
+def draw(
+    annotations: str | Path | Mapping[str, Any],
+    size_xy: tuple[int, int],
+    storage_options: Mapping[str, Any] | None = None,
+) -> NDArray[np.bool_]:
     """Draw the polygons of GeoJSON over a slide of `size_xy` level-0 pixels: bool (rows, columns), true inside any.
+
+    The GeoJSON itself, or a path or URL of its file.
 
     A Polygon, MultiPolygon, GeometryCollection, Feature, FeatureCollection or list of features; holes are left out
     of their own polygon only, and points and lines, which have no area, altogether. A cell that an outline
     passes counts as inside, so that nothing is too thin to be seen. Raises `CallError` for what is no such thing, or
     has no polygon.
     """
-    name = "the mask" if isinstance(annotations, Mapping) else f"mask {annotations}"
-    found = list(polygons(annotations if isinstance(annotations, Mapping) else read(Path(annotations)), name))
+    name = "the mask" if isinstance(annotations, Mapping) else f"mask {shown(str(annotations))}"
+    given = annotations if isinstance(annotations, Mapping) else read(str(annotations), storage_options)
+    found = list(polygons(given, name))
     if not found:
         raise CallError(f"{name} has no polygon: draw areas, or give an image, an array, 'tissue' or None.")
     scale = min(1.0, SIZE / max(size_xy))
@@ -59,15 +69,20 @@ def draw(annotations: str | Path | Mapping[str, Any], size_xy: tuple[int, int]) 
     return cells > 0
 
 
-def read(path: Path) -> Any:
+def read(address: str, storage_options: Mapping[str, Any] | None = None) -> Any:
     """Read a file of JSON; raises `CallError`."""
-    if not path.is_file():
-        raise CallError(f"mask {path} is not a file: give GeoJSON, an image, an array, 'tissue' or None.")
+    name = shown(address)
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError, OSError) as e:
+        data = read_bytes(address, storage_options) if is_remote(address) else Path(address).read_bytes()
+    except OSError as e:
         raise CallError(
-            f"mask {path} is no GeoJSON ({type(e).__name__}: {e}): export it from QuPath as GeoJSON."
+            f"mask {name} can't be read ({e}): give GeoJSON, an image, an array, 'tissue' or None."
+        ) from None
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise CallError(
+            f"mask {name} is no GeoJSON ({type(e).__name__}: {e}): export it from QuPath as GeoJSON."
         ) from e
 
 

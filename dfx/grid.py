@@ -123,8 +123,8 @@ def covered(
 def mask_over(slide: HasViews, mask: Any, storage_options: Mapping[str, Any] | None = None) -> Mask:
     """Give a mask over a slide as `PatchGrid.over` takes it; raises `CallError` or `CallTypeError`."""
     if is_annotation(mask):
-        cells = draw(mask, slide.view(1.0, "baseline").size_xy)
-        return Mask(cells, "GeoJSON" if isinstance(mask, Mapping) else str(mask))
+        cells = draw(mask, slide.view(1.0, "baseline").size_xy, storage_options)
+        return Mask(cells, "GeoJSON" if isinstance(mask, Mapping) else shown(str(mask)))
     if isinstance(mask, str) and mask == "tissue":
         mask = "otsu"
     if is_method(mask):

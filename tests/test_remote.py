@@ -321,6 +321,15 @@ def test_a_mask_may_lie_in_a_bucket(s3: Any, extractor: dfx.DeepFeatureExtractor
     (got,) = extractor.run(["s3://data/made.svs"], masks=["s3://data/mask.png"], **args).values()  # type: ignore[union-attr]
     (same,) = extractor.run(["s3://data/made.svs"], masks=[mask], **args).values()  # type: ignore[union-attr]
     assert np.array_equal(got["coordinates"], same["coordinates"])
+    ring = [[0, 0], [800, 0], [800, 600], [0, 600], [0, 0]]
+    drawn = {"type": "Polygon", "coordinates": [ring]}
+    place_of("s3://data", options).write("mask.geojson", json.dumps(drawn).encode())
+    (got,) = extractor.run(["s3://data/made.svs"], masks=["s3://data/mask.geojson"], **args).values()  # type: ignore[union-attr]
+    (same,) = extractor.run(["s3://data/made.svs"], masks=[drawn], **args).values()  # type: ignore[union-attr]
+    assert 0 < len(got["coordinates"]) == len(same["coordinates"])
+    assert np.array_equal(got["coordinates"], same["coordinates"])
+    with pytest.raises(RunError, match=r"mask s3://data/none\.geojson can't be read"):
+        extractor.run(["s3://data/made.svs"], masks=["s3://data/none.geojson"], **args)
     with pytest.raises(RunError, match=r"mask s3://data/none\.png can't be read"):
         extractor.run(["s3://data/made.svs"], masks=["s3://data/none.png"], **args)
 
