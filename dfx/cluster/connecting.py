@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import distributed
@@ -35,12 +36,13 @@ def check_client(client: object) -> distributed.Client | None:
 def connect(
     address: str, *, security: distributed.Security | None = None, wait: float = 30, workers: bool = False
 ) -> distributed.Client:
-    """Connect to a scheduler; `wait`: seconds for it to answer, and then (`workers`) for its first worker.
+    """Connect to a scheduler; `wait`: seconds for it to answer and (`workers`) to have a first worker.
 
     `security`: certificates for tls:// (None: those of Dask's configuration or DASK_DISTRIBUTED__COMM__TLS__…).
     Raises `CallError` for an address or certificates that can't be used, `ClusterLost` when nothing answers.
     """
     security = check_certificates(address, security)
+    deadline = time.monotonic() + wait
     try:
         client = distributed.Client(address, timeout=wait, security=security, set_as_default=False)
     except ValueError as e:
@@ -51,7 +53,7 @@ def connect(
         ) from e
     if workers:
         try:
-            client.wait_for_workers(1, timeout=wait)
+            client.wait_for_workers(1, timeout=max(0.1, deadline - time.monotonic()))
         except (TimeoutError, OSError) as e:
             client.close(timeout=5)
             raise ClusterLost(f"the cluster at {address} has no worker after {wait:g} seconds: start workers.") from e
