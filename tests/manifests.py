@@ -86,12 +86,16 @@ def settings(docs: list[Doc], name: str) -> dict[str, str]:
     return dict(found.get("data") or {})
 
 
-def environment(docs: list[Doc], container: Doc) -> dict[str, str]:
-    """Give a container's variables as kubelet does: envFrom, then env, but for those of Secrets."""
+def environment(
+    docs: list[Doc], container: Doc, secrets: Mapping[str, Mapping[str, str]] | None = None
+) -> dict[str, str]:
+    """Give a container's variables as kubelet does: envFrom, then env; of Secrets those that are given."""
     found: dict[str, str] = {}
     for source in container.get("envFrom", []):
         if "configMapRef" in source:
             found |= settings(docs, source["configMapRef"]["name"])
+        else:
+            found |= (secrets or {}).get(source["secretRef"]["name"], {})
     for item in container.get("env", []):
         if "value" in item:
             found[item["name"]] = item["value"]

@@ -30,6 +30,7 @@ def run(tmp_path: Path, *command: str) -> list[dict[str, Any]]:
     return rows
 
 
+@pytest.mark.slow
 def test_reading_reports_tiles_patches_and_the_other_tool(tmp_path: Path) -> None:
     rows = run(tmp_path, "reading", "--peer", "openslide")
     assert [row["tiles"] for row in rows] == [64, 64, 64]
@@ -58,6 +59,7 @@ def test_a_long_run_holds_no_more_tasks_at_its_end_than_at_its_beginning(tmp_pat
     assert rows[-1]["scheduler_tasks"] <= rows[0]["scheduler_tasks"]
 
 
+@pytest.mark.slow
 def test_slides_on_servers_are_read_by_few_requests_and_hardly_more_bytes_than_needed(tmp_path: Path) -> None:
     rows = run(tmp_path, "remote")
     assert [row["from"] for row in rows] == ["disk", "HTTP", "HTTP, 30 ms", "S3"]

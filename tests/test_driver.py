@@ -163,6 +163,7 @@ def certificates(folder: Path) -> dict[str, Path]:
     return files
 
 
+@pytest.mark.slow
 def test_a_tls_cluster_is_reached_with_its_certificates_and_in_no_other_way(made_slide: Path, tmp_path: Path) -> None:
     ours, theirs = certificates(tmp_path / "ours"), certificates(tmp_path / "theirs")
     tls = [part for name, path in ours.items() for part in (f"--tls-{name}", str(path))]

@@ -71,6 +71,7 @@ def lines_of(*programs: str) -> list[str]:
     return [line for block in blocks("sh") for line in block.splitlines() if line.startswith(programs)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("slurm")
 def test_python_examples_run_from_top_to_bottom(folder: Path) -> None:
     script = folder / "readme.py"
@@ -82,6 +83,7 @@ def test_python_examples_run_from_top_to_bottom(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("s3")
 def test_shell_commands_run(folder: Path) -> None:
     lines = lines_of("dfx ")

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -67,24 +66,6 @@ def web(tmp_path: Path) -> Iterator[Server]:
     (tmp_path / "web").mkdir()
     with Server(tmp_path / "web").running() as server:
         yield server
-
-
-@pytest.fixture(scope="session")
-def moto() -> Iterator[str]:
-    """The address of an S3 server in a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    line = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-
-        def answers() -> bool:
-            with socket.socket() as probe:
-                return probe.connect_ex(("127.0.0.1", port)) == 0
-
-        until(answers)
-        yield f"127.0.0.1:{port}"
-        process.kill()
 
 
 @pytest.fixture
@@ -358,6 +339,7 @@ def started(save_dir: str, options: dict[str, Any]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(line)
 
 
+@pytest.mark.slow
 def test_a_run_to_s3_that_is_killed_is_resumed_with_the_same_result(
     s3: Any, made_slide: Path, tmp_path: Path, extractor: dfx.DeepFeatureExtractor
 ) -> None:
@@ -414,6 +396,7 @@ def test_many_runs_that_make_one_store_at_once_make_one_in_a_bucket_too(s3: Any,
     assert Store.prepare(place, plan).missing() == list(range(6, plan.blocks))
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_store_at_once_do_no_harm_and_what_was_noted_is_kept(
     s3: Any, made_slide: Path, tmp_path: Path, extractor: dfx.DeepFeatureExtractor
 ) -> None:

@@ -183,6 +183,7 @@ def test_a_block_that_hangs_is_given_up_and_its_worker_freed(
     assert all(nannies.run(lambda: 7).values())
 
 
+@pytest.mark.slow
 def test_what_hangs_in_this_process_is_given_up_too(tmp_path: Path) -> None:
     stuck = write_slide(tmp_path / "stuck.svs", 640, 520, seed=3)
     with pytest.raises(RunError, match=r"stuck\.svs has not ended in 3 seconds on inproc://.*: given up"):
