@@ -39,7 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A SLURM of one machine: jobs are processes here."""
     commands = {
-        "sbatch": 'sh "$1" >/dev/null 2>&1 & echo "Submitted batch job $!"',
+        # The script is gone once this has answered.
+        "sbatch": 'job=$(cat "$1"); sh -c "$job" >/dev/null 2>&1 & echo "Submitted batch job $!"',
         "scancel": 'kill "$1" 2>/dev/null || true',
     }
     for name, text in commands.items():
