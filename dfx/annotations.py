@@ -74,7 +74,7 @@ def read(address: str, storage_options: Mapping[str, Any] | None = None) -> Any:
     name = shown(address)
     try:
         data = read_bytes(address, storage_options) if is_remote(address) else Path(address).read_bytes()
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: a null byte
         raise CallError(
             f"mask {name} can't be read ({e}): give GeoJSON, an image, an array, 'tissue' or None."
         ) from None

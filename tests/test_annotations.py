@@ -161,3 +161,6 @@ def test_a_missing_file_is_refused_before_work_starts(
 ) -> None:
     with pytest.raises(CallError, match=r"nowhere\.geojson is not a file"):
         extractor.run([made_slide], masks=["nowhere.geojson"], save_dir=tmp_path, **WSI)
+    for name in ("nowhere.geojson", "no\0where.geojson"):
+        with pytest.raises(CallError, match="can't be read"):
+            dfx.PatchGrid.over(dfx.open_slide(made_slide), mask=name)
