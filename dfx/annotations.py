@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import CallError
-from dfx.remote import is_remote, read_bytes, shown
+from dfx.remote import read_bytes, shown
 
 SIZE = 4096
 """Longer side, in cells, at which polygons are drawn; of a slide that is smaller, its own."""
@@ -73,7 +73,7 @@ def read(address: str, storage_options: Mapping[str, Any] | None = None) -> Any:
     """Read a file of JSON; raises `CallError`."""
     name = shown(address)
     try:
-        data = read_bytes(address, storage_options) if is_remote(address) else Path(address).read_bytes()
+        data = read_bytes(address, storage_options)
     except (OSError, ValueError) as e:  # ValueError: a null byte
         raise CallError(
             f"mask {name} can't be read ({e}): give GeoJSON, an image, an array, 'tissue' or None."

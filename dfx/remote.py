@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
@@ -185,8 +186,11 @@ async def patiently_async(work: Callable[[], Awaitable[T]], url: str, options: M
         await asyncio.sleep(wait)
 
 
-def read_bytes(url: str, storage_options: Mapping[str, Any] | None) -> bytes:
-    """Read a whole file; raises `OSError`."""
+def read_bytes(address: str | Path, storage_options: Mapping[str, Any] | None) -> bytes:
+    """Read a whole file, of a path or a URL; raises `OSError`."""
+    if not is_remote(address):
+        return Path(address).read_bytes()
+    url = str(address)
     options = options_for(url, storage_options)
     fs, path = filesystem(url, options)
     return bytes(patiently(lambda: fs.cat_file(path), url, options))

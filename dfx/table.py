@@ -106,7 +106,7 @@ def read_table(address: str, storage_options: Mapping[str, Any] | None = None) -
     if kind not in SUFFIXES:
         raise CallError(f"{address} is no table: its name must end with {' or '.join(SUFFIXES)}.")
     try:
-        data = read_bytes(address, storage_options) if is_remote(address) else Path(address).read_bytes()
+        data = read_bytes(address, storage_options)
         text = data.decode("utf-8-sig")  # Excel puts a mark at the start
     except UnicodeDecodeError as e:
         raise CallError(f"{shown(address)} is not UTF-8 ({e}): save it as CSV UTF-8.") from e

@@ -166,7 +166,7 @@ def read_mask(path: str | Path, storage_options: Mapping[str, Any] | None = None
     if not is_remote(path) and not Path(path).is_file():
         raise CallError(f"mask {name} is not a file: {remedy}")
     try:
-        data = read_bytes(str(path), storage_options) if is_remote(path) else Path(path).read_bytes()
+        data = read_bytes(path, storage_options)
     except OSError as e:
         raise CallError(f"mask {name} can't be read ({e}): {remedy}") from None
     if Path(name).suffix.lower() == ".npy":

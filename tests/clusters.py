@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,3 +60,10 @@ def scheduler(folder: Path, *args: object, port: int = 0, env: Mapping[str, str]
 
 
 WORKER = ("--host", "127.0.0.1", "--no-dashboard", "--nthreads", 1)
+
+
+def until(holds: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)

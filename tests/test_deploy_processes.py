@@ -7,19 +7,20 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from certificates import certificates
+from clusters import free_port, until
 from manifests import DEPLOY, Doc, arguments, environment, of_kind, pods
 
 import dfx
@@ -30,17 +31,7 @@ WORKER = "dfx-default-worker-0123456789"
 WORKERS = ("one", "two")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def wait_for(done: Callable[[], object], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
+wait_for = partial(until, seconds=240)
 
 
 class Node:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ import distributed
 import nets
 import numpy as np
 import pytest
+from clusters import until
 from conftest import WSI
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,13 +42,6 @@ from dfx.store.writing import finish, write_note
 
 SECRET = "wJalrXUtnFEMI-K7MDENG"
 ALL = WSI | {"auto_get_mask": False, "block_size": 16}
-
-
-def until(holds: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def ranges(asked: list[Asked]) -> list[tuple[int, int]]:

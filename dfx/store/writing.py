@@ -168,7 +168,8 @@ def finish(at: At) -> None:
     """
     place = place_of(at)
     before = dfx_attributes(place) or {}
-    missing = Store.at(place, encoders_in(before)).missing()
+    encoders = encoders_in(before)
+    missing = Store.at(place, encoders).missing()
     if missing:
         raise StoreError(f"{place} has lost {len(missing)} blocks while it was written: run again to make them anew.")
     if before["status"] != "complete":
@@ -181,16 +182,16 @@ def finish(at: At) -> None:
             if not is_complete(place):
                 raise
         if not is_complete(place):  # were any removed as they were read, it is
-            place.write(META, closed(place, said))
+            place.write(META, closed(place, encoders, said))
     place.remove([NOTES])
 
 
 _closing = threading.Lock()
 
 
-def closed(place: Place, said: dict[str, Any]) -> bytes:
+def closed(place: Place, encoders: Sequence[str], said: dict[str, Any]) -> bytes:
     """Give what zarr keeps of a complete store: its attributes, and the metadata of the nodes in it."""
-    nodes = {"features", *node_names(encoders_in(dfx_attributes(place) or {})), *("coordinates", "mask", "labels")}
+    nodes = {"features", *node_names(encoders), "coordinates", "mask", "labels"}
     files = [META, *(f"{node}/{META}" for node in sorted(nodes))]
     there = [name for name, size in zip(files, place.sizes(files), strict=True) if size is not None]
     buffer = default_buffer_prototype().buffer
