@@ -77,7 +77,7 @@ def engine(client: distributed.Client, slides: list[Item], patch: int) -> None:
             slides,
             [encoder],
             GridOptions(patch, 0.25, "mpp"),
-            Options(block_size=BLOCK),
+            Options(block_size=BLOCK, memory_threshold=80),
             client,
             save_dir=place_of(folder),
         )
@@ -178,7 +178,7 @@ def measure_long(path: Path, *, slides: int, executed: int, threads: int) -> lis
     with cluster(threads) as client, tempfile.TemporaryDirectory() as folder:
         scheduler = client.cluster.scheduler
 
-        options = Options(block_size=BLOCK)
+        options = Options(block_size=BLOCK, memory_threshold=80)
         where = GridOptions(patch, 0.25, "mpp")
         given = (Item((n,), path, None) for n in range(slides))
         requests = (

@@ -23,6 +23,8 @@ V2 = "memory.max", "memory.current", "inactive_file"
 V1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 HARD = 95
 """Percent of the limit that is never planned to be passed; Dask kills workers there."""
+FRESH = 0.5
+"""Seconds for which what was measured of memory holds: it takes as long as a block that does little."""
 WAIT = 30
 """Seconds that a block waits for others of its process to end before it gives up."""
 
@@ -94,6 +96,10 @@ class Guard:
         self._running = 0
         self._reserved: dict[object, int] = {}
         self._shared: set[object] = set()
+        self._left = 0
+        """Bytes that were free when it was last measured, less what blocks have been let take since."""
+        self._measured: tuple[object, float] = None, 0.0
+        """For what threshold and limit, and when."""
 
     @contextlib.contextmanager
     def admit(
@@ -128,20 +134,28 @@ class Guard:
             once = 0 if key in self._shared else needs.shared
             return once + needs.shared_a_patch * size + needs.of_thread(size)
 
-        deadline = time.monotonic() + WAIT
+        def start(size: int) -> int:
+            self._running += 1
+            self._reserved[block] = needed(size)
+            self._left -= needed(size)
+            return size
+
+        begun, asked = time.monotonic(), (threshold, limit)
+        deadline = begun + WAIT
         trimmed = False
         with self._changed:
+            if self._measured[0] == asked and begun - self._measured[1] < FRESH and needed(batch) <= self._left:
+                return start(batch)
             while True:
-                free = room(threshold, limit) - sum(self._reserved.values())
+                self._measured = asked, time.monotonic()
+                free = self._left = room(threshold, limit) - sum(self._reserved.values())
                 size = batch
                 while size > 1 and needed(size) > free and not self._running:
                     size = -(-size // 2)
                 # Alone, the block starts below the hard limit: what is resident without it is not ours to shrink.
                 alone = trimmed and not self._running and needed(size) <= room(HARD, limit)
                 if needed(size) <= free or alone:
-                    self._running += 1
-                    self._reserved[block] = needed(size)
-                    return size
+                    return start(size)
                 if not trimmed:
                     trim()
                     trimmed = True

@@ -45,7 +45,10 @@ def canvas(rows: int, columns: int) -> NDArray[np.uint8]:
 
 
 class Recycled:
-    """Memory of arrays that are given away, taken up again when the last view of one is gone."""
+    """Memory of arrays that are given away, taken up again when the last view of one is gone: the latest first.
+
+    What was used last is in the processor's cache still, where it is small enough.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -56,10 +59,10 @@ class Recycled:
         size = math.prod(shape)
         for _ in range(len(self._free)):
             with suppress(IndexError):  # another thread was quicker
-                memory = self._free.popleft()
+                memory = self._free.pop()
                 if memory.size == size:
                     break
-                self._free.append(memory)
+                self._free.appendleft(memory)
         else:
             memory = np.empty(size, np.uint8)
         return np.asarray(_Lease(memory, self)).reshape(shape)
@@ -131,7 +134,7 @@ def read_patches(
         out[beyond] = 255
         divides = (n for n in SHRINKS if fast and factor % n == 0 and slide.can_shrink(view.level, n))
         shrink = next(divides, 1)
-        corners_yx = boxes[:, :2] // shrink
+        corners_yx = (boxes[:, :2] // shrink).tolist()  # lists: an array costs more, a number at a time
         for tile, (y, x), touching in slide.tiles(
             view.level, boxes, rgb=True, pitch_yx=pitch, shrink=shrink, damaged=damaged, following=following
         ):
@@ -191,7 +194,7 @@ def whole_factor(boxes: NDArray[np.int64], size_yx: tuple[int, int], shape_yx: t
 def spread(
     tile: NDArray[np.uint8],
     at_yx: tuple[int, int],
-    corners_yx: NDArray[np.int64],
+    corners_yx: list[list[int]],
     touching: list[int],
     out: NDArray[np.uint8],
     factor: int,
@@ -210,7 +213,7 @@ def spread(
         tile = np.asarray(small, np.uint8).reshape(rows, columns, 3)
     y, x = at_yx
     for i in touching:
-        top, left = corners_yx[i].tolist()
+        top, left = corners_yx[i]
         paste(out[i], tile, ((y - top) // factor, (x - left) // factor))
 
 

@@ -404,7 +404,7 @@ def test_two_runs_of_one_store_at_once_do_no_harm_and_what_was_noted_is_kept(
     assert np.array_equal(features("s3://out/both/made.zarr", options), features(near[made_slide]))
     place = place_of("s3://out/both/made.zarr", options)
     place.write("zarr.json", place.read("zarr.json").replace(b'"complete"', b'"running"'))
-    write_note(place, "0-0", {"damaged_tiles": ["tile 3"]})
+    write_note(place, "0-0", {"damaged_tiles": ["tile 3"], "seconds": {}})
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(finish, [place] * 4))
     assert dfx.open_features(place).attrs["damaged_tiles"] == ["tile 3"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from conftest import WSI
 import dfx
 from dfx import cli, store
 from dfx.slides.synthetic import write_slide
-from dfx.store import layout
+from dfx.store import disk, layout
 
 EVIL = '<img src=x onerror=alert(1)> & "q" \'s'
 CHROMIUM = shutil.which("chromium")
@@ -160,19 +159,22 @@ def test_seconds_by_stage_stay_with_the_store_and_add_up(
     assert all(second[stage] < 3 * first[stage] + 1 for stage in first)
 
 
-def test_what_blocks_of_several_runs_noted_is_brought_together(tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    for n, note in enumerate(
-        [
-            {"damaged_tiles": ["b"], "seconds": {"read": 1.5, "encode": 2.0}},
-            {"damaged_tiles": [], "seconds": {"read": 0.5}, "batch_size": 8},
-            {"damaged_tiles": ["c"]},  # as an earlier version wrote it
-        ]
-    ):
-        (tmp_path / "notes" / f"{n}-0.json").write_text(json.dumps(note))
+def test_what_blocks_of_several_runs_noted_is_brought_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = store.place_of(tmp_path)
+    store.write_note(place, "0-0", {"damaged_tiles": ["b"], "seconds": {"read": 1.5, "encode": 2.0}})
+    (cut,) = (tmp_path / "notes").iterdir()
+    with cut.open("ab") as file:
+        file.write(b'\n{"block": "3-0", "damaged_t')  # a disk was full; there was room again for the next
+    store.write_note(place, "1-0", {"damaged_tiles": [], "seconds": {"read": 0.5}, "batch_size": 8})
+    monkeypatch.setattr(disk, "WRITER", "0" * 32)
+    store.write_note(place, "2-0", {"damaged_tiles": ["c"], "seconds": {}})
+    assert len(list((tmp_path / "notes").iterdir())) == 2  # one a process, whatever its blocks
+    with cut.open("ab") as file:
+        file.write(b'\n{"block": "4-0", "damaged_tiles": ["x"]')  # its process was killed
     before = {"damaged_tiles": ["a"], "seconds": {"read": 10.0}, "status": "running"}
-    said = store.read_notes(store.place_of(tmp_path), before)
-    assert said == {
+    assert store.read_notes(place, before) == {
         "damaged_tiles": ["a", "b", "c"],
         "seconds": {"read": 12.0, "encode": 2.0},
         "batches": {"1-0": 8},

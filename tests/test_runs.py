@@ -27,7 +27,7 @@ from dfx.arrays import make_plan
 from dfx.errors import CallError, CallTypeError, MemoryShortage, RunError, SlideError
 from dfx.plan import Needs, Options
 from dfx.slides.synthetic import write_slide
-from dfx.store import Store, dfx_attributes, fail, finish, place_of, statuses, write_note
+from dfx.store import Store, dfx_attributes, disk, fail, finish, place_of, statuses, write_note
 
 ALL = WSI | {"auto_get_mask": False, "block_size": 16}
 
@@ -235,6 +235,21 @@ def test_a_block_waits_for_room_and_then_takes_smaller_batches(monkeypatch: pyte
         guard.admit("a", needs, 32, 80, None).__enter__()
 
 
+def test_memory_is_measured_anew_before_more_blocks_start_than_there_was_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured: list[float] = []
+    monkeypatch.setattr(memory, "room", lambda threshold, limit=None: measured.append(threshold) or 1000)
+    guard = memory.Guard()
+    needs = Needs(shared=0, shared_a_patch=0, a_thread=100, a_thread_a_patch=0)
+    for _ in range(100):
+        with guard.admit("a", needs, 32, 80, None) as (_, tell):
+            tell(32)
+    assert 10 <= len(measured) < 50  # it takes long, so not for every block; each takes a tenth
+    with guard.admit("a", needs, 32, 70, None):
+        assert measured[-1] == 70
+
+
 def test_a_worker_with_little_memory_halves_its_batches_and_the_store_says_so(made_slide: Path, tmp_path: Path) -> None:
     with (
         distributed.LocalCluster(
@@ -352,7 +367,9 @@ def test_many_runs_that_make_one_store_at_once_make_one(made_slide: Path, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["one.zarr"]
 
 
-def test_many_runs_that_close_one_store_at_once_close_it(made_slide: Path, tmp_path: Path) -> None:
+def test_many_runs_that_close_one_store_at_once_close_it(
+    made_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slide = dfx.open_slide(made_slide)
     grid = dfx.PatchGrid.over(slide, shape=64, resolution=0.5, mask=None)
     plan = make_plan(slide, grid, [dfx.load_encoder(nets.Means())], Options(block_size=16))
@@ -367,7 +384,8 @@ def test_many_runs_that_close_one_store_at_once_close_it(made_slide: Path, tmp_p
         store = Store.prepare(at, plan, overwrite=True)
         store.arrays[0][...] = np.ones((len(grid), 6), np.float32)
         for n in range(200):
-            write_note(at, f"{n}-0", {"damaged_tiles": [f"{n}"]})
+            monkeypatch.setattr(disk, "WRITER", f"{n:032x}")  # as of so many processes
+            write_note(at, f"{n}-0", {"damaged_tiles": [f"{n}"], "seconds": {}})
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(close, range(8)))
         said = dfx_attributes(at) or {}

@@ -63,6 +63,11 @@ class TileGrid(ABC):
         """Where the bytes of a tile lie, that they may be fetched ahead: (offset, count); none where nobody knows."""
         return []
 
+    def extent(self, row: int, column: int) -> tuple[int, int]:
+        """Rows and columns of a tile that are not padded."""
+        (height, width), (rows, columns) = self.tile_yx, self.shape_yx
+        return min(height, rows - row * height), min(width, columns - column * width)
+
     def touching(self, boxes: NDArray[np.int64]) -> dict[tuple[int, int], list[int]]:
         """Which boxes touch each tile that the file has: (row, column) -> indices, row after row.
 
@@ -127,8 +132,8 @@ class StoredTiles(TileGrid):
 
     def pieces(self, row: int, column: int) -> list[tuple[int, int]]:
         """Where the bytes of a tile lie: (offset, count) of each plane."""
-        at = slice(None), row, column
-        return list(zip(self.offsets[at].tolist(), self.counts[at].tolist(), strict=True))
+        planes = range(len(self.decoders))  # item: a tile at a time, indexing costs more than reading
+        return [(self.offsets.item(p, row, column), self.counts.item(p, row, column)) for p in planes]
 
     def tile(self, source: ByteSource, row: int, column: int, name: str, *, scratch: bool, shrink: int) -> NDArray[Any]:
         """Read a tile's bytes and decode them."""

@@ -169,9 +169,8 @@ class Slide:
                     tile = as_rgb(tile, level.colour) if rgb else tile
                     if (r, c) in shared:
                         TILES.put(key, tile)
-                y, x = r * part.tile_yx[0], c * part.tile_yx[1]
-                inside = tile[: -(-(part.shape_yx[0] - y) // shrink), : -(-(part.shape_yx[1] - x) // shrink)]
-                yield inside, (part.origin_yx[0] + y, part.origin_yx[1] + x), touching[r, c]
+                y, x = part.origin_yx[0] + r * part.tile_yx[0], part.origin_yx[1] + c * part.tile_yx[1]
+                yield tile, (y, x), touching[r, c]
 
     def can_shrink(self, n: int, by: int) -> bool:
         """Whether a level's tiles can be decoded to a part of their size."""
@@ -184,13 +183,11 @@ class Slide:
         index = row * part.present.shape[1] + column
         name = f"tile {index} (row {row}, column {column}) of level {n} of {self.url}"
         tile = part.tile(self.source, row, column, name, scratch=scratch, shrink=shrink)
-        needed = [
-            -(-min(size, whole - i * size) // shrink)
-            for size, whole, i in zip(part.tile_yx, part.shape_yx, (row, column), strict=True)
-        ]
-        if tile.shape[0] < needed[0] or tile.shape[1] < needed[1] or tile.shape[2] != self.levels[n].channels:
+        height, width = part.extent(row, column)
+        rows, columns = -(-height // shrink), -(-width // shrink)
+        if tile.shape[0] < rows or tile.shape[1] < columns or tile.shape[2] != self.levels[n].channels:
             raise TileError(name, f"{name} has {tile.shape} pixels, not {part.tile_yx}: the file is damaged.")
-        return tile
+        return tile[:rows, :columns]
 
     def check_picture(self, n: int = 0) -> None:
         """Raise `SlideError` when the level's channels are no colours that patches can be made of."""
@@ -258,11 +255,10 @@ class Slide:
 
 def paste(canvas: NDArray[Any], tile: NDArray[Any], at_yx: tuple[int, int]) -> None:
     """Copy the part of a tile that lies on the canvas, where its corner lies at `at_yx`."""
-    top, left = at_yx
-    bottom, right = top + tile.shape[0], left + tile.shape[1]
-    canvas[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = tile[
-        max(-top, 0) : canvas.shape[0] - top, max(-left, 0) : canvas.shape[1] - left
-    ]
+    (top, left), (rows, columns, _) = at_yx, canvas.shape
+    part = tile[-top if top < 0 else 0 : rows - top, -left if left < 0 else 0 : columns - left]
+    top, left = max(top, 0), max(left, 0)
+    canvas[top : top + part.shape[0], left : left + part.shape[1]] = part
 
 
 @dataclass(frozen=True, eq=False)

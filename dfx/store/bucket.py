@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -100,6 +101,10 @@ class Bucket:
     def write(self, name: str, data: bytes) -> None:
         """Write an object below it; a put is atomic."""
         self._do(lambda fs, path: fs.pipe_file(path, data), name)
+
+    def add(self, folder: str, line: str) -> None:
+        """Write an object of that line there: none can be appended to."""
+        self.write(f"{folder}/{uuid.uuid4().hex}.jsonl", line.encode())
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object below it unless it is there, by a create-only put where the storage has it."""

@@ -85,7 +85,7 @@ def is_ours(place: Place) -> bool:
 
 def is_block(name: str) -> bool:
     """Whether a file of a store is a block's: what is left when a store is removed while it is written."""
-    return re.fullmatch(r"features/([^/]+/)?c/\d+/0|notes/([\d-]+|closing)\.json", name) is not None
+    return re.fullmatch(r"features/([^/]+/)?c/\d+/0|notes/([0-9a-f]{32}\.jsonl|closing\.json)", name) is not None
 
 
 def check_ours(place: Place) -> None:

@@ -61,6 +61,13 @@ class Place(Protocol):
         """Write a file in it, whole or not at all."""
         ...
 
+    def add(self, folder: str, line: str) -> None:
+        """Add a line to the files of a folder in it, at little cost.
+
+        Where the process is killed meanwhile, a part of it may be there, as a line of its own.
+        """
+        ...
+
     def create(self, name: str, data: bytes) -> bool:
         """Write a file in it unless it is there; gives whether it was not: to one of those who try at once."""
         ...

@@ -39,7 +39,7 @@ from dfx.store.place import At, Place, place_of
 CLOSING = "closing.json"
 """Among the notes: what the store will say of them, by whoever came first to close it."""
 AT_ONCE = 16
-"""Notes that are read together: there is one a block, and each takes a request where they lie in a bucket."""
+"""Files of notes that are read together: in a bucket there is one a block, and each takes a request."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,9 +129,9 @@ class Store:
         return sorted({block for (block, whole), size in zip(wanted.values(), sizes, strict=True) if size != whole})
 
 
-def write_note(place: Place, name: str, said: dict[str, Any]) -> None:
-    """Note something of a block of a store; whole or not at all, as a chunk is."""
-    place.write(f"{NOTES}/{name}.json", json.dumps(said).encode())
+def write_note(place: Place, block: str, said: dict[str, Any]) -> None:
+    """Note something of a block of a store, before the block is written."""
+    place.add(NOTES, json.dumps({"block": block, **said}))
 
 
 def read_notes(place: Place, said: dict[str, Any]) -> dict[str, Any]:
@@ -143,18 +143,18 @@ def read_notes(place: Place, said: dict[str, Any]) -> dict[str, Any]:
     batches: dict[str, int] = dict(said.get("batches", {}))
     seconds: Counter[str] = Counter(said.get("seconds", {}))
     notes = place / NOTES
-    names = [
-        name
-        for name in sorted(notes.files())
-        if name.endswith(".json") and not name.startswith(".") and name != CLOSING
-    ]
+    names = sorted(name for name in notes.files() if name.endswith(".jsonl"))
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for name, text in zip(names, pool.map(notes.read, names), strict=True):
-            note = json.loads(text)
-            damaged.update(note["damaged_tiles"])
-            seconds.update(note.get("seconds", {}))  # none in those of an earlier version
-            if "batch_size" in note:
-                batches[name.removesuffix(".json")] = note["batch_size"]
+        lines = [line for text in pool.map(notes.read, names) for line in text.splitlines() if line]
+    for line in lines:
+        try:
+            note = json.loads(line)
+        except ValueError:  # cut short with its process, or by a full disk: its block was not written either
+            continue
+        damaged.update(note["damaged_tiles"])
+        seconds.update(note["seconds"])
+        if "batch_size" in note:
+            batches[note["block"]] = note["batch_size"]
     rounded = {stage: round(s, 3) for stage, s in seconds.items()}
     found = {"damaged_tiles": sorted(damaged), "batches": batches, "seconds": rounded}
     return {name: value for name, value in found.items() if value}
