@@ -89,7 +89,7 @@ def main() -> None:
     commands = top.add_subparsers(required=True, metavar="BENCHMARK")
 
     def add(name: str, work: Callable[[argparse.Namespace], Rows]) -> argparse.ArgumentParser:
-        parser = commands.add_parser(name, parents=[common], help=work.__doc__)
+        parser = commands.add_parser(name, parents=[common], help=str(work.__doc__).replace("%", "%%"))
         parser.set_defaults(work=work)
         return parser
 

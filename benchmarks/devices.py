@@ -60,7 +60,7 @@ def extract(
             slides,
             encoders,
             run.GridOptions(patch, mpp, "mpp"),
-            options or Options(),
+            options or Options(memory_threshold=80),
             client,
             save_dir=place_of(folder),
             notify=notify,

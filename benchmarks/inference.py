@@ -68,7 +68,7 @@ def measure(path: Path, *, rounds: int, threads: int, part: int = 1024, peers: l
                 [Item(("slide",), path, mask)],
                 [encoder],
                 GridOptions(PATCH, MPP, "mpp"),
-                Options(batch_size=BATCH),
+                Options(batch_size=BATCH, memory_threshold=80),
                 client,
                 save_dir=place_of(Path(folder) / str(n)),
             )

@@ -31,7 +31,7 @@ with cluster.embedded(threads) as client:
     with tempfile.TemporaryDirectory() as folder:
         result = run.run_slides(
             [run.Item(("slide",), path, None)], [encoder], run.GridOptions(PATCH, MPP, "mpp"),
-            Options(block_size=BLOCK), client, save_dir=place_of(folder),
+            Options(block_size=BLOCK, memory_threshold=80), client, save_dir=place_of(folder),
             notify=lambda event: plans.append(event) if isinstance(event, run.Planned) else None,
         )
         assert not result.failures, result.failures

@@ -31,7 +31,7 @@ def decode_alone(slide: Slide, level: int, threads: int) -> float:
 
     def decode(some: list[tuple[int, int]]) -> None:
         for row, column in some:
-            slide._decode(level, part, row, column)
+            slide._decode(level, part, row, column, scratch=True)
 
     start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:

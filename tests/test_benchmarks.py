@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.__main__ import main
+
 
 def run(tmp_path: Path, *command: str) -> list[dict[str, Any]]:
     out = tmp_path / "out.json"
@@ -28,6 +30,14 @@ def run(tmp_path: Path, *command: str) -> list[dict[str, Any]]:
     cells = [*rows[0], *(str(v) for row in rows for v in row.values())]
     assert done.stdout.split() == " ".join(cells).split()
     return rows
+
+
+def test_each_benchmark_says_what_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    said = capsys.readouterr().out
+    assert all(name in said for name in ["reading", "overlap", "inference", "memory", "scale", "65 %"])
 
 
 @pytest.mark.slow

@@ -159,9 +159,7 @@ def test_seconds_by_stage_stay_with_the_store_and_add_up(
     assert all(second[stage] < 3 * first[stage] + 1 for stage in first)
 
 
-def test_what_blocks_of_several_runs_noted_is_brought_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_blocks_of_several_runs_noted_is_brought_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = store.place_of(tmp_path)
     store.write_note(place, "0-0", {"damaged_tiles": ["b"], "seconds": {"read": 1.5, "encode": 2.0}})
     (cut,) = (tmp_path / "notes").iterdir()

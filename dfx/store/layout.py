@@ -33,6 +33,7 @@ from dfx.store.disk import Disk
 from dfx.store.place import At, Place, place_of
 from dfx.tissue import Mask
 
+VERSION = version("dfx")
 META = "zarr.json"
 """Where zarr keeps a group's attributes."""
 NOTES = "notes"
@@ -128,7 +129,7 @@ def in_one_step(place: Place, instead_of: dict[str, Any] | None) -> Iterator[Pla
 
 def create_group(place: Place, said: dict[str, Any]) -> zarr.Group:
     """Create a store's group; `said` is what it says of its content."""
-    head = {"format": FORMAT, "version": version("dfx"), "status": "running"}
+    head = {"format": FORMAT, "version": VERSION, "status": "running"}
     created = {"created": datetime.now(UTC).isoformat(timespec="microseconds")}
     return zarr.create_group(place.zarr(), attributes={"dfx": head | created | said})
 
