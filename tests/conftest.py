@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from dfx.slides.cache import TILES
 from dfx.slides.synthetic import write_slide
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/; last, so that the installed dfx is what is tested
+
+# A shell that starts them in the background has the tests, and what they start, ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(os.environ.get("DFX_TEST_DATA", Path(__file__).parents[2] / "shared")).absolute()
 
