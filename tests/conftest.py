@@ -22,9 +22,6 @@ from dfx.slides.synthetic import write_slide
 
 sys.path.append(str(Path(__file__).parents[1]))  # benchmarks/; last, so that the installed dfx is what is tested
 
-# A shell that starts them in the background has the tests, and what they start, ignore interrupts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 DATA = Path(os.environ.get("DFX_TEST_DATA", Path(__file__).parents[2] / "shared")).absolute()
 
 
@@ -34,6 +31,11 @@ WSI: dict[str, Any] = {
     "input_resolutions": [{"resolution": 0.5, "units": "mpp"}],
     "output_type": "zarr",
 }
+
+
+def pytest_configure() -> None:
+    # A shell that starts them in the background has the tests, and what they start, ignore interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
