@@ -98,3 +98,14 @@ def test_the_kernel_runs_without_dask() -> None:
 def test_importing_dfx_imports_neither_torch_nor_openslide() -> None:
     code = "import sys, dfx; assert not {'torch', 'openslide'} & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_a_given_module_is_run_without_timm() -> None:
+    """It takes a worker seconds to import and 200 MB to hold, with all that it imports."""
+    code = """import sys, numpy, torch, dfx
+from dfx import encoders
+encoder = dfx.load_encoder(torch.nn.Flatten())
+assert encoders.output(encoder, (4, 4))[0] == 48
+assert encoders.encode(encoder, numpy.zeros((2, 4, 4, 3), "u1")).shape == (2, 48)
+assert "timm" not in sys.modules"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

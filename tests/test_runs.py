@@ -19,6 +19,7 @@ import nets
 import numpy as np
 import pytest
 import zarr
+from clusters import until
 from conftest import WSI
 
 import dfx
@@ -290,6 +291,7 @@ def test_a_cluster_that_is_paused_for_want_of_memory_is_an_error_with_figures(
         distributed.Client(cluster, set_as_default=False) as client,
     ):
         client.run(nets.hoard, 850 * 2**20)
+        until(lambda: {w["status"] for w in client.scheduler_info()["workers"].values()} == {"paused"})
         with pytest.raises(RunError, match=r"all 1 workers have been paused .* of 1,024 MB"):
             extractor_of(nets.Means()).run([made_slide], save_dir=tmp_path / "out", client=client, **ALL)
 

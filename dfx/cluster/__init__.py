@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dfx.cluster.admission import admitted
-from dfx.cluster.connecting import check_client, connect, current_client, security_of
+from dfx.cluster.connecting import check_client, connect, current_client, has_worker, security_of
 from dfx.cluster.machine import client_or_embedded, embedded, local, on_this_machine
 from dfx.cluster.pods import cluster_spec, kubernetes
 from dfx.cluster.retiring import retire
@@ -17,6 +17,7 @@ __all__ = [
     "connect",
     "current_client",
     "embedded",
+    "has_worker",
     "kubernetes",
     "local",
     "memory_limit",

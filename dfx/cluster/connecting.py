@@ -51,13 +51,27 @@ def connect(
         raise ClusterLost(
             f"no Dask scheduler answers at {address} in {wait:g} seconds ({e}): check the address, and that it runs."
         ) from e
-    if workers:
-        try:
-            client.wait_for_workers(1, timeout=max(0.1, deadline - time.monotonic()))
-        except (TimeoutError, OSError) as e:
-            client.close(timeout=5)
-            raise ClusterLost(f"the cluster at {address} has no worker after {wait:g} seconds: start workers.") from e
+    try:
+        there = not workers or has_worker(client, deadline - time.monotonic())
+    except OSError:  # the scheduler went away meanwhile
+        there = False
+    if not there:
+        client.close(timeout=5)
+        raise ClusterLost(f"the cluster at {address} has no worker after {wait:g} seconds: start workers.")
     return client
+
+
+def has_worker(client: distributed.Client, wait: float) -> bool:
+    """Wait some seconds for a cluster's first worker, and say whether there is one; raises `OSError`.
+
+    A paused one counts, which `Client.wait_for_workers` takes for none.
+    """
+    deadline = time.monotonic() + wait
+    while not client.scheduler_info(n_workers=1)["workers"]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def check_certificates(address: str, security: distributed.Security | None) -> distributed.Security:

@@ -13,7 +13,6 @@ from torch import nn
 
 from dfx.encoders import hub
 from dfx.encoders.cards import Card, find
-from dfx.encoders.libraries import trained, untrained
 from dfx.encoders.spec import POOLINGS, EncoderSpec, Pooling
 from dfx.errors import CallError, EncoderError
 
@@ -160,6 +159,8 @@ def build(spec: EncoderSpec) -> nn.Module:
 
     Raises `EncoderError` where its weights are not those that the spec was made with.
     """
+    from dfx.encoders.libraries import trained, untrained  # timm takes seconds and 200 MB; a given module needs none
+
     path = None
     if spec.weights != "random":
         wanted, path = located_again(spec)
@@ -174,6 +175,8 @@ def build(spec: EncoderSpec) -> nn.Module:
 
 def outline(spec: EncoderSpec) -> nn.Module | None:
     """Build a named encoder without memory or weights (torch's meta device); None where its library can't."""
+    from dfx.encoders.libraries import untrained
+
     described = spec.kind in CONFIG and spec.weights != "random"
     with torch.device("meta"):
         module = untrained(spec, located_again(spec)[1] if described else None)

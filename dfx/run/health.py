@@ -11,6 +11,7 @@ from typing import Any
 import distributed
 from dask.typing import Key
 
+from dfx import cluster
 from dfx.errors import ClusterLost
 
 RESUMES = "running again resumes"
@@ -49,10 +50,10 @@ def reached(client: distributed.Client) -> Iterator[None]:
 
 def await_workers(client: distributed.Client) -> None:
     """Wait for a cluster's first worker; raises `ClusterLost` when there is none for too long."""
-    try:
-        client.wait_for_workers(1, timeout=PATIENCE)
-    except TimeoutError as e:
-        raise ClusterLost(NO_WORKER.format(PATIENCE)) from e
+    with reached(client):
+        there = cluster.has_worker(client, PATIENCE)
+    if not there:
+        raise ClusterLost(NO_WORKER.format(PATIENCE))
 
 
 def look(client: distributed.Client) -> tuple[str, dict[str, Worker]]:
