@@ -507,6 +507,22 @@ def test_events_count_every_patch_once(made_slide: Path, tmp_path: Path, client:
     assert again[0].done == planned.patches
 
 
+def test_what_dask_keeps_of_a_run_does_not_grow_with_its_slides(made_slide: Path, tmp_path: Path) -> None:
+    links = [tmp_path / f"{n}.svs" for n in range(12)]
+    for link in links:
+        link.symlink_to(made_slide)
+    few = np.zeros((8, 8), bool)
+    few[2, 2] = True
+    with (
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0") as cluster,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        extractor_of(nets.Means()).run(links, save_dir=tmp_path / "out", client=client, masks=[few] * 12, **ALL)
+        spans = cluster.scheduler.extensions["spans"].spans.values()
+        groups = sorted(group.name for span in spans for group in span.groups)
+    assert groups == ["dfx-block", "dfx-close", "dfx-plan"]
+
+
 @pytest.mark.parametrize(
     ("args", "error"),
     [
