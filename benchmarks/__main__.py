@@ -70,7 +70,7 @@ def run_remote(args: argparse.Namespace) -> Rows:
 
 def run_devices(args: argparse.Namespace) -> Rows:
     """1 to 16 devices that sleep, a worker process each."""
-    return devices.measure(slide_of(args), counts=args.counts, seconds=args.seconds)
+    return devices.measure(slide_of(args), counts=args.counts, seconds=args.seconds, rate=args.rate)
 
 
 def main() -> None:
@@ -110,7 +110,10 @@ def main() -> None:
     p = add("devices", run_devices)
     p.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     p.add_argument("--seconds", type=float, default=20, help="for which each device has work, at least")
+    p.add_argument("--rate", type=float, default=1000, help="patches/s of a device: a large network has 250")
     args = top.parse_args()
+    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
+        top.error(f"--out {args.out} can't be written: give a file in a folder that is there")
     rows = args.work(args)
     columns = list(rows[0])
     table = [columns, *([str(row[c]) for c in columns] for row in rows)]

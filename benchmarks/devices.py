@@ -88,7 +88,7 @@ def unread(
     return out
 
 
-def measure(path: Path, *, counts: Sequence[int], seconds: float, rate: float = 1000) -> list[dict[str, Any]]:
+def measure(path: Path, *, counts: Sequence[int], seconds: float, rate: float) -> list[dict[str, Any]]:
     """Share of their time that 1 to 16 devices work, a process each; with slides alike, and one ten times larger."""
     share = np.zeros((10, 10), bool)
     share[:, 0] = True  # a tenth of the slide
