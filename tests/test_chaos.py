@@ -112,4 +112,7 @@ def test_whatever_is_killed_every_store_is_the_undisturbed_one_or_says_why_not(s
         assert name in rotten_names
         assert status.state == "failed"
         assert status.reason
-    assert [p for p in out.rglob("*") if p.suffix == ".partial"] == []
+    # What a kill met while it was made lies hidden; a store's is swept up by the next run when it is an hour old.
+    left = list(out.rglob("*.partial"))
+    assert all(p.name.startswith(".") for p in left)
+    assert len(left) <= kills[0]

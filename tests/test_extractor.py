@@ -272,13 +272,18 @@ def test_overwrite_removes_nothing_before_the_slide_is_known_to_be_good(
 def test_a_run_that_was_killed_while_it_made_a_store_leaves_nothing_that_lasts(
     extractor: dfx.DeepFeatureExtractor, made_slide: Path, tmp_path: Path, client: distributed.Client
 ) -> None:
-    killed, other = tmp_path / ".made.zarr.1f.partial", tmp_path / ".made.zarr.2e.partial"
-    for part in (killed, other):
+    killed, others, other = (
+        tmp_path / f".{name}.zarr.{digit * 32}.partial" for name, digit in (("made", "1"), ("else", "2"), ("made", "3"))
+    )
+    foreign = tmp_path / ".theirs.partial"
+    for part in (killed, others, other, foreign):
         (part / "features").mkdir(parents=True)
-    os.utime(killed, (0, 0))
+    for part in (killed, others, foreign):
+        os.utime(part, (0, 0))
     extractor.run([made_slide], save_dir=tmp_path, client=client, **WSI)
     assert np.allclose(dfx.open_features(tmp_path / "made.zarr").features.compute(), expected(made_slide)[0], atol=1e-5)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "made.zarr"]  # another run may be making that
+    # Another run may be making the other.
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, foreign.name, "made.zarr"]
 
 
 def test_a_store_of_which_only_blocks_are_left_is_made_again(

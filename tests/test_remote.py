@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed
+import fsspec
 import nets
 import numpy as np
 import pytest
@@ -388,6 +389,17 @@ def test_many_runs_that_make_one_store_at_once_make_one_in_a_bucket_too(s3: Any,
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(make, range(6)))
     assert Store.prepare(place, plan).missing() == list(range(6, plan.blocks))
+
+
+def test_what_another_process_put_there_is_read_though_it_was_not_there_when_listed(s3: Any) -> None:
+    _, options = s3
+    place = place_of("s3://out/seen.zarr/notes", options)
+    place.write("first.jsonl", b"1")
+    assert place.files() == ["first.jsonl"]
+    other = fsspec.filesystem("s3", **options, skip_instance_cache=True)
+    other.pipe_file("out/seen.zarr/notes/closing.json", b"2")
+    assert not place.create("closing.json", b"3")
+    assert place.read("closing.json") == b"2"
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import shutil
 import uuid
@@ -143,8 +142,8 @@ class Disk:
             shutil.rmtree(part, ignore_errors=True)
 
     def take(self, made: Disk) -> bool:
-        """Rename what was made to it, which fails where anything is; sweep up what killed runs were making."""
-        for old in self.path.parent.glob(f".{glob.escape(self.name)}.*.partial"):
+        """Rename what was made to it, which fails where anything is; sweep up what killed runs were making there."""
+        for old in self.path.parent.glob(f".*.{'[0-9a-f]' * 32}.partial"):
             with suppress(FileNotFoundError):  # its run has just renamed it
                 if made.path.stat().st_mtime - old.stat().st_mtime > STALE:
                     shutil.rmtree(old)
