@@ -402,6 +402,19 @@ def test_what_another_process_put_there_is_read_though_it_was_not_there_when_lis
     assert place.read("closing.json") == b"2"
 
 
+def test_a_create_only_put_whose_refusal_is_a_status_alone_says_that_it_was_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Refused(Exception):  # as libraries other than s3fs have it
+        status = 412
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise Refused
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "pipe_file", refuse)
+    assert not place_of("memory://out/made.zarr").create("closing.json", b"1")
+
+
 @pytest.mark.slow
 def test_two_runs_of_one_store_at_once_do_no_harm_and_what_was_noted_is_kept(
     s3: Any, made_slide: Path, tmp_path: Path, extractor: dfx.DeepFeatureExtractor

@@ -108,16 +108,12 @@ class Bucket:
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object below it unless it is there, by a create-only put where the storage has it."""
-
-        def put(fs: Any, path: str) -> bool:
-            try:
-                fs.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                fs.invalidate_cache()  # what was listed before it was there says that it is not
-                return False
-            return True
-
-        return self._do(put, name)
+        try:
+            self._do(lambda fs, path: fs.pipe_file(path, data, mode="create"), name)
+        except FileExistsError:
+            self._do(lambda fs, path: fs.invalidate_cache())  # what was listed before it was there says that it is not
+            return False
+        return True
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove objects and prefixes below it."""
