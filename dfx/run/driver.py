@@ -7,13 +7,13 @@ import logging
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import cast
 
 import dask
 import distributed
-from dask._task_spec import Task
+from dask._task_spec import GraphNode, Task
 from dask.highlevelgraph import HighLevelGraph
 from dask.typing import Key
 from distributed.scheduler import KilledWorker
@@ -119,8 +119,16 @@ class Driver:
         spans keep what was summed up for ever: some kB a slide.
         """
         keys = [f"dfx-{name}-{uuid.uuid4().hex}" for name in ("plan", "block", "close")]
-        graph = HighLevelGraph.from_collections(f"dfx-{uuid.uuid4().hex}", {key: Task(key, int) for key in keys})
-        futures: list[distributed.Future] = self.client.get(graph, keys, sync=False)
+        return self._send({key: Task(key, int) for key in keys}, keys)
+
+    def _send(
+        self, tasks: dict[Key, GraphNode], keys: Sequence[Key], *, priority: int = 0, worker: str | None = None
+    ) -> list[distributed.Future]:
+        # As a high level graph: the client would hash a low level one anew, which costs as much as scheduling it.
+        graph = HighLevelGraph.from_collections(f"dfx-{uuid.uuid4().hex}", tasks)
+        futures: list[distributed.Future] = self.client.get(
+            graph, list(keys), sync=False, priority=priority, workers=worker
+        )
         return futures
 
     def _fill(self) -> Iterator[Event]:
@@ -155,19 +163,16 @@ class Driver:
             planning += 1
 
     def _start(self, key: Key, work: Callable[[], object], flight: Flight) -> None:
-        graph = HighLevelGraph.from_collections(f"dfx-{uuid.uuid4().hex}", {key: Task(key, work)})
         # A mask that the caller holds in memory can reach a worker through the graph only.
         with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-            (future,) = self.client.get(graph, [key], sync=False, priority=1)
+            (future,) = self._send({key: Task(key, work)}, [key], priority=1)
         self._fly(future, flight)
 
     def _submit(self, blocks: list[Block], worker: str | None = None) -> None:
         tasks = blocks[0].job.planned.tasks
-        # As a high level graph: the client would hash a low level one anew, which costs as much as scheduling it.
         keys = [block.key for block in blocks]
         part = tasks.part(dict(zip((block.number for block in blocks), keys, strict=True)))
-        graph = HighLevelGraph.from_collections(f"dfx-{uuid.uuid4().hex}", part)
-        for block, future in zip(blocks, self.client.get(graph, keys, sync=False, workers=worker), strict=True):
+        for block, future in zip(blocks, self._send(part, keys, worker=worker), strict=True):
             self._fly(future, block)
 
     def _fly(self, future: distributed.Future, flight: Flight) -> None:
