@@ -1,56 +1,108 @@
-"""Usual JPEG tiles: decoded into a reused buffer, or to a half, quarter or eighth without computing the rest."""
+"""JPEG tiles: their colours, decoded into a reused buffer or to a half, quarter or eighth of their size."""
 
 from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
+from dfx.slides.codestream import ColourConflict, JpegHeader, is_whole_jpeg, jpeg_header, jpeg_tables
+from dfx.slides.layout import Layout
+
 _thread = threading.local()
 
 SHRINKS = (8, 4, 2)
 """By how much libjpeg-turbo can shrink while it decodes, and patches may ask for."""
-RGB_STORED = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-"""Adobe's APP14 segment with transform 0: the components are RGB."""
+GREY, RGB, YCBCR = 1, 2, 3
+"""Colour spaces by libjpeg's numbers."""
+ADOBE = {space: b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([space == YCBCR]) for space in (RGB, YCBCR)}
+"""Adobe's APP14 segment, which states that three components are RGB (transform 0) or YCbCr (1)."""
+COMPRESSIONS = (6, 7, 34892)
 
 
-@dataclass(frozen=True, eq=False)
-class UsualJpeg:
-    """The tiles of a page of 8-bit JPEG with three components side by side."""
+class JpegTiles:
+    """The tiles or strips of a page, each a JPEG stream of its own. Safe in threads.
 
-    shape: tuple[int, int, int]
-    """(rows, columns, 3) of a tile."""
-    tables: bytes | None
-    """JPEG tables that the page's tiles share."""
-    stored_rgb: bool
-    """Whether components are RGB, as Aperio has them, though nothing in the tile says so."""
+    The colours of a page with three samples (PhotometricInterpretation RGB or YCbCr, which become RGB):
+
+    | the tile's stream has | its colours |
+    |---|---|
+    | a JFIF segment, or Adobe's with transform 1 | YCbCr, whatever the tag says (Bio-Formats tags such tiles as RGB) |
+    | Adobe's segment with transform 0 | RGB, whatever the tag says |
+    | neither, but identifiers "R", "G", "B" | RGB |
+    | neither, and subsampled components | YCbCr |
+    | nothing of that | what the tag says (Aperio and libtiff write tiles so) |
+    | one component | grey |
+    | JFIF and Adobe's transform 0; Adobe's transform 2; another number of components | refused |
+
+    Each tile is looked at, since tiles of several kinds may be in one page and the first may be missing. Segments of
+    the shared tables (tag 347) state nothing, as for other readers. Conversion is JFIF's (ITU-T T.871), whatever
+    YCbCrCoefficients and ReferenceBlackWhite say, as in libjpeg and all that uses it.
+    """
+
+    def __init__(self, layout: Layout, photometric: int, tables: bytes | None) -> None:
+        self.colours = layout.samples == 3 and photometric in (RGB, 6)
+        """Whether tiles become RGB."""
+        self._layout, self._photometric, self._tables = layout, photometric, tables
+        self._segments = jpeg_tables(tables) if tables else b""
+        self._last = JpegHeader((0, 0), 8, b"", False, False, None, b"no tile begins so")
 
     @classmethod
-    def of(cls, page: Any, keyframe: Any) -> UsualJpeg | None:
-        """Describe a page's tiles; None where they are not usual."""
-        usual = keyframe.compression == 7 and keyframe.is_tiled and page.dtype == np.uint8 and not page.extrasamples
-        if not usual or (page.samplesperpixel, page.planarconfig) != (3, 1) or keyframe.photometric not in (2, 6):
+    def of(cls, page: Any, keyframe: Any) -> JpegTiles | None:
+        """Describe the tiles of a page; None where they are not JPEG, or share one header (NDPI)."""
+        if keyframe.compression not in COMPRESSIONS or getattr(page, "jpegheader", None):
             return None
-        if getattr(page, "jpegheader", None):
-            return None
-        stored_rgb = bool(keyframe.photometric == 2 and not keyframe.is_jfif)
-        return cls((keyframe.tilelength, keyframe.tilewidth, 3), page.jpegtables, stored_rgb)
+        return cls(Layout.of(keyframe), int(keyframe.photometric), page.jpegtables)
 
-    def decode(self, data: bytes) -> NDArray[np.uint8]:
-        """Decode a tile into this thread's buffer, by the call that tifffile makes."""
-        out: NDArray[np.uint8] = imagecodecs.jpeg8_decode(
+    @property
+    def can_shrink(self) -> bool:
+        """Whether `shrunk` decodes these tiles."""
+        return self.colours and self._layout.tiled and self._layout.dtype == np.uint8
+
+    def header(self, data: bytes) -> JpegHeader:
+        """Parse a tile's header, which is nearly always that of the last tile."""
+        last = self._last
+        if not data.startswith(last.raw):
+            last = self._last = jpeg_header(data)
+        return last
+
+    def space(self, header: JpegHeader) -> tuple[int | None, int | None]:
+        """Return the colour space of a tile, and the space that it is converted to; None where nothing is converted.
+
+        Raises `ColourConflict`.
+        """
+        components, samples = len(header.ids), self._layout.samples
+        if components != samples and (components, self.colours) != (1, True):
+            raise ColourConflict(f"its JPEG stream has {components} components, its page {samples} samples per pixel")
+        if components == 1:
+            return GREY, RGB if self.colours else GREY
+        if self.colours:
+            return {"rgb": RGB, "ycbcr": YCBCR}[header.stated or ("rgb" if self._photometric == RGB else "ycbcr")], RGB
+        if components == 4 and header.adobe == 2 and self._photometric == RGB:
+            raise ColourConflict("its JPEG stream is YCCK by its Adobe segment, its page RGB with alpha")
+        return None, None
+
+    def decode(self, data: bytes, index: int, *, scratch: bool) -> NDArray[Any]:
+        """Decode a tile; with `scratch` into the buffer of this thread where it fits."""
+        if not is_whole_jpeg(data):
+            raise ValueError("it is cut short")
+        header = self.header(data)
+        space, out_space = self.space(header)
+        whole = self._layout.shape
+        usual = self.can_shrink and (*header.shape_yx, 3) == whole and header.bits == 8
+        tile = imagecodecs.jpeg_decode(
             data,
-            tables=self.tables,
-            colorspace=2 if self.stored_rgb else None,
-            outcolorspace=2,
-            out=scratch_buffer(self.shape),
+            tables=self._tables,
+            colorspace=space,
+            outcolorspace=out_space,
+            shape=header.shape_yx,
+            out=scratch_buffer(whole) if scratch and usual else None,
         )
-        return out
+        return self._layout.checked(tile)
 
     def shrunk(self, data: bytes, by: int) -> NDArray[np.uint8]:
         """Decode a tile to a half, quarter or eighth of its rows and columns, in the cosine domain.
@@ -60,10 +112,12 @@ class UsualJpeg:
         """
         import simplejpeg
 
-        parts = [data[:2], RGB_STORED if self.stored_rgb else b"", (self.tables or b"")[2:-2], data[2:]]
-        rows, columns, _ = self.shape
+        space, _ = self.space(self.header(data))
+        stated = ADOBE.get(space, b"") if space else b""
+        stream = b"".join([data[:2], stated, self._segments, data[2:]])
+        rows, columns, _ = self._layout.shape
         out: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            b"".join(parts), "RGB", min_height=rows // by, min_width=columns // by, min_factor=by
+            stream, "RGB", min_height=rows // by, min_width=columns // by, min_factor=by
         )
         if out.shape != (rows // by, columns // by, 3):
             raise ValueError(f"it shrinks to {out.shape}")

@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dfx.errors import TileError
+from dfx.errors import SlideError, TileError
+from dfx.slides.codestream import ColourConflict
 from dfx.slides.source import ByteSource
 
 Colour: TypeAlias = Literal["rgb", "rgba", "rgba-associated", "grey", "other"]
@@ -118,7 +119,9 @@ class StoredTiles(TileGrid):
     decoders: tuple[Decode, ...]
     """One a plane."""
     shrunk: Callable[[bytes, int], NDArray[np.uint8]] | None = None
-    """Decodes a tile to a half, quarter or eighth of its size (see `UsualJpeg`); None: this page's can't be."""
+    """Decodes a tile to a half, quarter or eighth of its size (see `JpegTiles`); None: this page's can't be."""
+    joined: Callable[[list[NDArray[Any]]], NDArray[Any]] | None = None
+    """Makes colours of the planes of a tile; None: planes are the channels."""
 
     @cached_property
     def present(self) -> NDArray[np.bool_]:
@@ -151,11 +154,23 @@ class StoredTiles(TileGrid):
                     planes.append(self.shrunk(data, shrink))
                 else:
                     planes.append(decode(data, index, scratch=scratch and len(at) == 1))
+            except ColourConflict as e:
+                raise conflict(name, e) from e
             except Exception as e:  # codecs raise many kinds; none of them says which tile
                 raise TileError(
                     name, f"{name} can't be decoded ({e}): the file is damaged; copy or export it again."
                 ) from e
-        return planes[0] if len(planes) == 1 else np.concatenate(planes, axis=2)
+        if len(planes) == 1:
+            return planes[0]
+        if len({plane.shape[:2] for plane in planes}) > 1:
+            sizes = ", ".join(f"{plane.shape[0]} x {plane.shape[1]}" for plane in planes)
+            raise conflict(name, f"its planes have {sizes} pixels, and dfx does not enlarge subsampled planes")
+        return self.joined(planes) if self.joined else np.concatenate(planes, axis=2)
+
+
+def conflict(name: str, reason: object) -> SlideError:
+    """Return the error of a tile whose colours are not known; it is no damaged tile, to be left out or filled."""
+    return SlideError(f"The colours of {name} are not known: {reason}. Export it again as RGB, or as plain JPEG.")
 
 
 @dataclass(frozen=True, eq=False)

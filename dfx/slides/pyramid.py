@@ -9,11 +9,11 @@ import numpy as np
 
 from dfx.errors import SlideError
 from dfx.slides import vendors
-from dfx.slides.decode import colour_of, decoder
-from dfx.slides.jpeg import UsualJpeg
+from dfx.slides.decode import colour_of, decoder, is_palette, joiner
+from dfx.slides.jpeg import JpegTiles
 from dfx.slides.level import Level, StoredTiles
 
-CODECS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003: "JPEG 2000 (YCbCr)"}
+CODECS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003: "JPEG 2000", 33004: "JPEG 2000"}
 CODECS |= {33005: "JPEG 2000", 34712: "JPEG 2000", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 34934: "JPEG XR"}
 MOST_TILE_BYTES = 2**28
 """A larger tile or strip is refused: it would have to be decoded whole for each patch."""
@@ -132,13 +132,13 @@ def make_level(
 ) -> Level:
     """Describe a level by one of its pages."""
     channels = pages * page.samplesperpixel
-    colour = colour_of(page, pages)
-    if page.photometric == 3:  # palette: decoded to RGB
-        channels = 3
+    colour, palette = colour_of(page, pages), is_palette(page)
+    if palette:  # decoded to RGB
+        channels = 3 * pages
     return Level(
         shape_yx=shape,
         channels=channels,
-        dtype=np.dtype(page.dtype) if page.photometric != 3 else np.dtype(np.uint8),
+        dtype=np.dtype(np.uint8) if palette else np.dtype(page.dtype),
         downsample=(baseline[0] / shape[0] + baseline[1] / shape[1]) / 2,
         codec=CODECS.get(int(page.compression), str(getattr(page.compression, "name", page.compression))),
         colour=colour,
@@ -176,7 +176,7 @@ def tile_grid(pages: list[Any], keyframe: Any, shape: tuple[int, int], origin: t
         offsets.append(np.array(page.dataoffsets, np.int64).reshape(in_page, *grid))
         counts.append(np.array(page.databytecounts, np.int64).reshape(in_page, *grid))
         decoders += [decoder(page, keyframe, plane * grid[0] * grid[1]) for plane in range(in_page)]
-    usual = UsualJpeg.of(pages[0], keyframe) if len(decoders) == 1 else None
+    jpeg = JpegTiles.of(pages[0], keyframe) if len(decoders) == 1 else None
     return StoredTiles(
         origin,
         shape,
@@ -184,5 +184,6 @@ def tile_grid(pages: list[Any], keyframe: Any, shape: tuple[int, int], origin: t
         np.concatenate(offsets),
         np.concatenate(counts),
         tuple(decoders),
-        usual.shrunk if usual else None,
+        jpeg.shrunk if jpeg and jpeg.can_shrink else None,
+        joiner(keyframe) if in_page > 1 else None,
     )
