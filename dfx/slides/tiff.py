@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tifffile
 
 from dfx.errors import DfxError, FormatError, SlideError
 from dfx.slides import vendors
 from dfx.slides.level import Level, StoredTiles
+from dfx.slides.ndpi import FILE_FORMAT, SOURCE_LENS, has_long_pointers, ndpi_levels
+from dfx.slides.ome import ome
 from dfx.slides.pyramid import leica_levels, pyramid, series_levels
 from dfx.slides.slide import Slide
 from dfx.slides.source import ByteSource, identity, open_source
@@ -59,10 +60,11 @@ def open_tiff(
     source = open_source(url, storage_options)
     refuse_other_formats(source)
     try:
-        with source.open() as file, tifffile.TiffFile(file, name=Path(source.url).name) as tif:
-            if not tif.is_ndpi:  # its next-IFD pointers have 8 bytes in a classic TIFF
-                check_chain(source)
-            facts = parse(tif)
+        long_ndpi = has_long_pointers(source)
+        check_chain(source, long_ndpi=long_ndpi)
+        flags = {"is_ndpi": long_ndpi or None}  # None: of whatever name it is, the tags say whether it is NDPI
+        with source.open() as file, tifffile.TiffFile(file, name=Path(source.url).name, **flags) as tif:
+            facts = parse(tif, source)
     except DfxError as e:
         message = str(e)
         kind = FormatError if isinstance(e, FormatError) else SlideError
@@ -105,6 +107,8 @@ def refuse_other_formats(source: ByteSource) -> None:
         raise SlideError(f"{source.url} has {source.size} bytes, so it is no slide: copy it again.")
     kinds = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"PK\x03\x04": "a ZIP archive"}
     kinds |= {b"ZISRAWFILE": "a Zeiss CZI file"}
+    if head.lstrip(b"\xef\xbb\xbf").startswith(b"<?xml") and source.url.lower().endswith(".ome"):
+        raise SlideError(f"{source.url} is the OME-XML of an OME-TIFF of several files: give the OME-TIFF.")
     kind = next((name for magic, name in kinds.items() if head.startswith(magic)), "no TIFF file")
     raise SlideError(
         f"{source.url} is {kind}: dfx reads slides of the TIFF family "
@@ -112,15 +116,16 @@ def refuse_other_formats(source: ByteSource) -> None:
     )
 
 
-def check_chain(source: ByteSource) -> None:
+def check_chain(source: ByteSource, *, long_ndpi: bool) -> None:
     """Walk the chain of image directories; a loop or an end outside the file is an error.
 
-    tifffile would follow a loop for ever, and quietly lose the levels behind a cut chain.
+    tifffile would follow a loop for ever, and quietly lose the levels behind a cut chain. `long_ndpi`: pointers to
+    directories have 64 bits in a classic TIFF.
     """
     head = source.read([(0, 8)])[0]
     order = "<" if head[:2] == b"II" else ">"
     big = struct.unpack(order + "H", head[2:4])[0] == 43
-    first, counter, entry, pointer = (8, "Q", 20, "Q") if big else (4, "H", 12, "I")
+    first, counter, entry, pointer = (8, "Q", 20, "Q") if big else (4, "H", 12, "Q" if long_ndpi else "I")
 
     def value(offset: int, code: str) -> int:
         size = struct.calcsize(code)
@@ -158,7 +163,7 @@ def check_extent(source: ByteSource, n: int, level: Level) -> None:
             )
 
 
-def parse(tif: tifffile.TiffFile) -> Facts:
+def parse(tif: tifffile.TiffFile, source: ByteSource) -> Facts:
     """Find levels and metadata by the vendor that tifffile recognises."""
     page = tif.pages[0]
     description = page.description
@@ -166,10 +171,10 @@ def parse(tif: tifffile.TiffFile) -> Facts:
     if tif.is_svs:
         levels, notes = pyramid(tif, depth_from_pages=True)
         return Facts("aperio", *vendors.aperio(description), levels, notes)
-    if tif.is_ndpi:
-        levels, notes = series_levels(tif.series[0])
-        power = number_tag(page, 65421)
-        return Facts("hamamatsu", resolution_mpp(page), power if power and power > 0 else None, levels, notes)
+    if FILE_FORMAT in page.tags:
+        levels, notes, baseline = ndpi_levels(tif, source)
+        power = vendors.positive(number_tag(baseline, SOURCE_LENS))
+        return Facts("hamamatsu", resolution_mpp(baseline), power, levels, notes)
     if tif.is_scn:
         return leica(tif)
     if tif.is_philips:
@@ -178,10 +183,7 @@ def parse(tif: tifffile.TiffFile) -> Facts:
     if tif.is_bif:
         raise FormatError(f"it is a Ventana BIF, whose tiles overlap and would be misplaced: {BY_OPENSLIDE}")
     if tif.is_ome:
-        sizes = [series.levels[0].keyframe.imagewidth * series.levels[0].keyframe.imagelength for series in tif.series]
-        main = int(np.argmax(sizes))
-        levels, notes = series_levels(tif.series[main])
-        return Facts("ome", *vendors.ome(tif.ome_metadata or "", main), levels, notes)
+        return Facts("ome", *ome(tif, tif.ome_metadata or "", source.url))
     if tif.is_qpi:
         levels, notes = series_levels(tif.series[0])
         return Facts("perkinelmer", resolution_mpp(page), vendors.perkinelmer(description), levels, notes)

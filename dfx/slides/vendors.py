@@ -13,7 +13,8 @@ Mpp = tuple[float, float] | None
 
 PLAUSIBLE_MPP = (0.05, 20.0)
 """Microns per baseline pixel that a slide scanner can mean; 72 dpi would be 352.8."""
-MICRONS = {"m": 1e6, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0, "nm": 1e-3, "pm": 1e-6, "in": 25400.0}
+MICRONS = {"m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0}
+MICRONS |= {"nm": 1e-3, "Å": 1e-4, "pm": 1e-6, "in": 25400.0, "thou": 25.4}
 
 
 def plausible(x: float | None, y: float | None) -> Mpp:
@@ -68,27 +69,6 @@ def named(root: ET.Element, name: str) -> Iterator[ET.Element]:
 def first(root: ET.Element, name: str) -> ET.Element | None:
     """Give the first element of a local name."""
     return next(named(root, name), None)
-
-
-def ome(xml: str, image: int) -> tuple[Mpp, float | None]:
-    """Read PhysicalSize and the objective of one `Image` of OME-XML."""
-    root = parse(xml, "OME-XML")
-    images = list(named(root, "Image"))
-    if image >= len(images):
-        return None, None
-    pixels = first(images[image], "Pixels")
-    sizes: list[float | None] = []
-    for axis in "XY":
-        size = number(pixels.get(f"PhysicalSize{axis}")) if pixels is not None else None
-        unit = pixels.get(f"PhysicalSize{axis}Unit", "µm") if pixels is not None else "µm"
-        sizes.append(size * MICRONS[unit] if size is not None and unit in MICRONS else None)
-    settings = first(images[image], "ObjectiveSettings")
-    wanted = settings.get("ID") if settings is not None else None
-    power = None
-    for objective in named(root, "Objective"):
-        if wanted is not None and objective.get("ID") == wanted:
-            power = number(objective.get("NominalMagnification")) or number(objective.get("CalibratedMagnification"))
-    return plausible(*sizes), positive(power)
 
 
 def philips(xml: str) -> tuple[Mpp, float | None]:
