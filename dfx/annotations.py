@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import CallError
-from dfx.remote import read_bytes, shown
+from dfx.remote import read_bytes, shown, suffix
 
 SIZE = 4096
 """Longer side, in cells, at which polygons are drawn; of a slide that is smaller, its own."""
@@ -27,9 +27,7 @@ Ring = NDArray[np.float64]
 
 def is_annotation(mask: object) -> bool:
     """Whether a mask is GeoJSON: a mapping of it, or a path that ends so."""
-    return isinstance(mask, Mapping) or (
-        isinstance(mask, str | Path) and Path(shown(str(mask))).suffix.lower() in SUFFIXES
-    )
+    return isinstance(mask, Mapping) or (isinstance(mask, str | Path) and suffix(mask) in SUFFIXES)
 
 
 def draw(

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from dfx.annotations import polygons
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import whole_pair
-from dfx.remote import is_remote
+from dfx.remote import is_remote, local_path, shown
 from dfx.resolution import check_resolution, one, pair
 from dfx.run import Item
 from dfx.slides import Slide
@@ -122,7 +122,9 @@ def slide_items(
     for name, values in (("mask", masks), ("label", labels)):
         check_count(f"{name}s", values, len(rows))
         if values is not None and any(getattr(row, name) is not None for row in rows):
-            raise CallError(f"{images} has a column {name}, and {name}s are given too: leave one of them out.")
+            raise CallError(
+                f"{shown(str(images))} has a column {name}, and {name}s are given too: leave one of them out."
+            )
     mpp, power = metadata_of(wsireader_kwargs)
     items: dict[Any, Item] = {}
     for n, row in enumerate(rows):
@@ -198,9 +200,10 @@ def usable_mask(mask: Any) -> Any:
         )
     if is_remote(mask):
         return mask
-    if not Path(mask).is_file():
+    path = local_path(mask)
+    if not path.is_file():
         raise CallError(f"mask {mask} is not a file: give an image file, GeoJSON, an array, or None.")
-    return Path(mask).absolute()  # a worker may be in another folder
+    return path.absolute()  # a worker may be in another folder
 
 
 def metadata_of(wsireader_kwargs: Mapping[str, Any] | None) -> tuple[Any, Any]:

@@ -231,6 +231,7 @@ class Plan:
         return {
             "slide": {
                 "url": slide.url,
+                "file_version": slide.source.version,
                 "dimensions": list(slide.dimensions),
                 "mpp": None if slide.mpp is None else list(slide.mpp),
                 "power": slide.power,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import fsspec
 
@@ -32,17 +34,61 @@ FINAL = {"SSLError", "ClientConnectorCertificateError", "ClientConnectorSSLError
 """Those among them that another try does not mend."""
 
 
+OBJECTS = {"s3", "s3a", "gs", "gcs"}
+"""Protocols whose paths are keys of objects: "?" and "::" are letters of a key."""
+_URL = re.compile(r"(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_FILE = re.compile(r"file://(?:localhost(?=/))?", re.IGNORECASE)
+_SECRET = re.compile(r"sig=|signature|credential|token|secret|passw|access_?key|api_?key|auth", re.IGNORECASE)
+
+
 def is_remote(address: object) -> bool:
-    """Whether an address is a URL of fsspec, and no path on a mounted disk."""
-    return isinstance(address, str) and "://" in address and not address.startswith("file://")
+    """Whether an address is a URL of fsspec, or a chain of them, such as "simplecache::s3://bucket/key".
+
+    Everything else is a path, whatever letters it has: only the beginning counts. A `file://` URL is a path, too.
+    """
+    return isinstance(address, str) and _URL.match(address) is not None and _FILE.match(address) is None
+
+
+def local_path(address: str | Path) -> Path:
+    """Give the path that an address means which is no URL of fsspec.
+
+    A `file://` URL is percent-decoded (RFC 8089), unless the file has its name as it stands. "~" is the user's
+    folder, unless there is a file of that name.
+    """
+    text = os.fspath(address)
+    url = _FILE.match(text) if isinstance(address, str) else None
+    if url is not None:
+        plain, decoded = text[url.end() :], unquote(text[url.end() :], errors="surrogateescape")
+        return Path(plain if os.path.lexists(plain) and not os.path.lexists(decoded) else decoded)
+    if text.startswith("~"):
+        return Path(os.path.abspath(text) if os.path.lexists(text) else os.path.expanduser(text))  # noqa: PTH100, PTH111
+    return Path(address)
+
+
+def is_key(url: str) -> bool:
+    """Whether "?" is a letter in a URL's path: an object's key has no query, except what looks like a secret."""
+    return url.partition("://")[0].lower() in OBJECTS and _SECRET.search(url.partition("?")[2]) is None
+
+
+def suffix(address: str | Path) -> str:
+    """Give the ending of a path or URL in small letters, with its point."""
+    if is_remote(address):
+        address = str(address).partition("?versionId=" if is_key(str(address)) else "?")[0]
+    return Path(address).suffix.lower()
 
 
 def shown(address: str) -> str:
-    """Give an address as it may be told: without its query, which may be a signature, and without a password."""
+    """Redact an address for messages and stores: it has no password and no query."""
     if not is_remote(address):
         return address
-    bare = "::".join(part.split("?")[0] for part in address.split("::"))
-    return re.sub(r"://[^/@:]*:[^/@]*@", "://", bare)
+    bare = re.sub(r"://[^/@:]*:[^/@]*@", "://", address)
+    links = bare.split("::") if is_chain(bare) else [bare]
+    return "::".join(link if is_key(link) else link.partition("?")[0] for link in links)
+
+
+def is_chain(url: str) -> bool:
+    """Whether a URL leads through several file systems; in the paths of buckets and servers "::" is two letters."""
+    return "::" in url and url.partition("://")[0].lower() not in PACKAGES
 
 
 def options_for(url: str, storage_options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -56,7 +102,7 @@ def options_for(url: str, storage_options: Mapping[str, Any] | None) -> dict[str
     known = fsspec.available_protocols()
     if not all(("://" in key or key in known) and isinstance(o, Mapping) for key, o in storage_options.items()):
         return dict(storage_options)
-    if "::" in url:  # fsspec has each link's options under its protocol
+    if is_chain(url):  # fsspec has each link's options under its protocol
         links = {link.partition("://")[0] for link in url.split("::")}
         return {name: dict(storage_options[name]) for name in sorted(links & storage_options.keys())}
     inside = (key for key in storage_options if "://" in key and f"{url}/".startswith(f"{key.rstrip('/')}/"))
@@ -68,7 +114,7 @@ def filesystem(url: str, options: Mapping[str, Any], *, asynchronous: bool = Fal
     """Give a URL's file system, of which fsspec keeps one a thread, and the path on it; raises `CallError`."""
     wanted = {**options, **({"asynchronous": True} if asynchronous else {})}
     try:
-        fs, path = fsspec.core.url_to_fs(url, **wanted)
+        fs, path = open_filesystem(url, wanted)
         if asynchronous and not fs.async_impl:
             from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
@@ -83,6 +129,16 @@ def filesystem(url: str, options: Mapping[str, Any], *, asynchronous: bool = Fal
     raise CallError(problem)
 
 
+def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Give a URL's file system and the path on it; `url_to_fs` of fsspec takes every "::" for a chain."""
+    if "::" not in url or is_chain(url):
+        fs, path = fsspec.core.url_to_fs(url, **options)
+        return fs, path
+    protocol = url.partition("://")[0]
+    kind = fsspec.get_filesystem_class(protocol)
+    return fsspec.filesystem(protocol, **{**kind._get_kwargs_from_urls(url), **options}), kind._strip_protocol(url)
+
+
 def told(error: BaseException, url: str, options: Mapping[str, Any]) -> str:
     """Say what an error says, without anything of the options or of a URL's query."""
     text = f"{type(error).__name__}: {error}".replace(url, shown(url))
@@ -92,8 +148,8 @@ def told(error: BaseException, url: str, options: Mapping[str, Any]) -> str:
 
 
 def without_queries(text: str) -> str:
-    """Cut the queries off the URLs in a text."""
-    return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\")]*", r"\1", text)
+    """Redact the URLs in a text."""
+    return re.sub(r"\b[a-zA-Z][\w+.-]*://[^\s'\"?]*(?:\?[^\s'\")]*)?", lambda found: shown(found[0]), text)
 
 
 def texts(options: object) -> Iterator[str]:
@@ -189,7 +245,7 @@ async def patiently_async(work: Callable[[], Awaitable[T]], url: str, options: M
 def read_bytes(address: str | Path, storage_options: Mapping[str, Any] | None) -> bytes:
     """Read a whole file, of a path or a URL; raises `OSError`."""
     if not is_remote(address):
-        return Path(address).read_bytes()
+        return local_path(address).read_bytes()
     url = str(address)
     options = options_for(url, storage_options)
     fs, path = filesystem(url, options)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dfx import html
 from dfx.errors import CallError, DfxError, StoreError
 from dfx.pictures import Scene
+from dfx.remote import is_remote, local_path, shown
 from dfx.store import Status, dfx_attributes, encoders_in, place_of, read_notes, statuses, stored_mask, stored_slide
 
 STAGES = ("read", "encode")
@@ -127,9 +128,11 @@ def write_report(
 
     `pictures`: slides that are still there are opened for a thumbnail. `storage_options`: of the file systems of
     folder and slides, as in `open_slide`. Raises `StoreError` when the folder has no
-    store of dfx, or the page can't be written; `CallError` when it does not end with .html.
+    store of dfx, or the page can't be written; `CallError` when `out` is a URL or does not end with .html.
     """
-    out = Path(out)
+    if is_remote(out):
+        raise CallError(f"{shown(str(out))} is a URL: a report is written to a mounted disk.")
+    out = local_path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise CallError(f"{out} does not end with .html: a report is an HTML page.")
     place = place_of(folder, storage_options)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dfx.errors import CallError, CallTypeError
-from dfx.remote import is_remote, matching, read_bytes, shown
+from dfx.remote import is_chain, is_key, is_remote, local_path, matching, read_bytes, shown, suffix
 from dfx.resolution import one
 from dfx.tissue import METHODS
 
@@ -53,7 +53,7 @@ def rows_of(images: Any, storage_options: Mapping[str, Any] | None = None) -> li
         if not is_pattern(images):
             raise CallTypeError(
                 f"images must be a list of slides (paths or Slides), a table of them (.csv, .txt) or a pattern such as "
-                f"'slides/*.svs', not {str(images)!r}: for one slide give a list of it."
+                f"'slides/*.svs', not {shown(str(images))!r}: for one slide give a list of it."
             )
         images = [images]
     if not isinstance(images, Sequence):
@@ -66,18 +66,14 @@ def rows_of(images: Any, storage_options: Mapping[str, Any] | None = None) -> li
     return found
 
 
-def suffix(address: str | Path) -> str:
-    """Give the ending of a path, or of a URL without its query."""
-    return Path(str(address).partition("?")[0] if is_remote(address) else address).suffix.lower()
-
-
 def is_pattern(image: object) -> bool:
-    """Whether a slide is given by a pattern; in a URL `?` begins the query, and chains have none."""
+    """Whether a slide is given by a pattern; in a URL `?` is none, and chains have none."""
     if not isinstance(image, str | Path):
         return False
     if is_remote(image):
-        return "::" not in str(image) and any(c in str(image).partition("?")[0] for c in "*[")
-    return any(c in str(image) for c in "*?[") and not os.path.lexists(image)
+        url = str(image)
+        return not is_chain(url) and any(c in (url if is_key(url) else url.partition("?")[0]) for c in "*[")
+    return any(c in str(image) for c in "*?[") and not os.path.lexists(local_path(image))
 
 
 def matches(pattern: str | Path, storage_options: Mapping[str, Any] | None) -> list[str]:
@@ -88,9 +84,9 @@ def matches(pattern: str | Path, storage_options: Mapping[str, Any] | None) -> l
         except OSError as e:
             raise CallError(f"{shown(str(pattern))} can't be listed ({e}): check it and storage_options.") from None
     else:
-        found = sorted(glob.glob(str(pattern), recursive=True))  # noqa: PTH207  # absolute patterns too
+        found = sorted(glob.glob(str(local_path(pattern)), recursive=True))  # noqa: PTH207  # absolute patterns too
     if not found:
-        raise CallError(f"{pattern} matches no file: check the folder and the ending.")
+        raise CallError(f"{shown(str(pattern))} matches no file: check the folder and the ending.")
     return found
 
 
@@ -102,28 +98,29 @@ def read_table(address: str, storage_options: Mapping[str, Any] | None = None) -
     it may be one of these, misspelt. .txt: a slide a line; empty lines and those that begin with # are left out.
     Paths are relative to the table. Raises `CallError`, naming file and line, for what can't be meant.
     """
-    kind = suffix(address)
+    kind, name = suffix(address), shown(address)
     if kind not in SUFFIXES:
-        raise CallError(f"{address} is no table: its name must end with {' or '.join(SUFFIXES)}.")
+        raise CallError(f"{name} is no table: its name must end with {' or '.join(SUFFIXES)}.")
     try:
         data = read_bytes(address, storage_options)
         text = data.decode("utf-8-sig")  # Excel puts a mark at the start
     except UnicodeDecodeError as e:
-        raise CallError(f"{shown(address)} is not UTF-8 ({e}): save it as CSV UTF-8.") from e
+        raise CallError(f"{name} is not UTF-8 ({e}): save it as CSV UTF-8.") from e
     except OSError as e:
-        raise CallError(f"table {shown(address)} can't be read ({e}): check its path.") from e
+        raise CallError(f"table {name} can't be read ({e}): check its path.") from e
     if kind == ".csv":
         rows = list(csv_rows(address, text))
     else:
         lines = (line.strip() for line in text.splitlines())
         rows = [Row(line, beside(address, line)) for line in lines if line and not line.startswith("#")]
     if not rows:
-        raise CallError(f"{address} names no slide: give one a line{', below the header' * (kind == '.csv')}.")
+        raise CallError(f"{name} names no slide: give one a line{', below the header' * (kind == '.csv')}.")
     return rows
 
 
 def csv_rows(address: str, text: str) -> Iterator[Row]:
     """Read the lines of a CSV table."""
+    table = shown(address)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = [name.strip().lower() for name in next(reader, [])]
@@ -131,11 +128,11 @@ def csv_rows(address: str, text: str) -> Iterator[Row]:
         if unknown or "slide" not in header or len(set(header)) < len(header):
             problem = f"unknown columns {', '.join(map(repr, unknown))}" if unknown else f"columns {', '.join(header)}"
             raise CallError(
-                f"{address}, line 1: {problem}; the first line names the columns, separated by commas, each once: "
+                f"{table}, line 1: {problem}; the first line names the columns, separated by commas, each once: "
                 f"{', '.join(COLUMNS)}, of which slide is needed. Remove or rename others."
             )
         for cells in reader:
-            where = f"{address}, line {reader.line_num}"
+            where = f"{table}, line {reader.line_num}"
             cells = [cell.strip() for cell in cells]
             if not any(cells):
                 continue
@@ -154,7 +151,7 @@ def csv_rows(address: str, text: str) -> Iterator[Row]:
                 said.get("label"),
             )
     except csv.Error as e:
-        raise CallError(f"{address}, line {reader.line_num}: no CSV ({e}): check the quotes.") from e
+        raise CallError(f"{table}, line {reader.line_num}: no CSV ({e}): check the quotes.") from e
 
 
 def number(said: Mapping[str, str], name: str, where: str) -> float | None:
@@ -172,8 +169,9 @@ def number(said: Mapping[str, str], name: str, where: str) -> float | None:
 
 def beside(address: str, path: str) -> str:
     """Give a path that stands in a table: relative ones begin at its folder."""
-    if is_remote(path) or os.path.isabs(path):  # noqa: PTH117
+    if is_remote(path) or local_path(path).is_absolute():
         return path
     if is_remote(address):
-        return f"{address.partition('?')[0].rpartition('/')[0]}/{path}"
-    return str(Path(address).parent / path)
+        folder = address.partition("?versionId=" if is_key(address) else "?")[0].rpartition("/")[0]
+        return f"{folder}/{path}"
+    return str(local_path(address).parent / path)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import CallError, CallTypeError
-from dfx.remote import is_remote, read_bytes, shown
+from dfx.remote import is_remote, local_path, read_bytes, shown, suffix
 
 Thumbnail: TypeAlias = NDArray[np.uint8]
 Segment: TypeAlias = Callable[[Thumbnail], NDArray[Any]]
@@ -163,13 +163,13 @@ def read_mask(path: str | Path, storage_options: Mapping[str, Any] | None = None
     """Read a mask from an image file or .npy, a path or a URL: bool (H, W), true where it isn't zero (black)."""
     name = shown(str(path))
     remedy = "give an image file (PNG, JPEG, TIFF), a .npy array, an array, 'tissue', 'hsv' or None."
-    if not is_remote(path) and not Path(path).is_file():
+    if not is_remote(path) and not local_path(path).is_file():
         raise CallError(f"mask {name} is not a file: {remedy}")
     try:
         data = read_bytes(path, storage_options)
     except OSError as e:
         raise CallError(f"mask {name} can't be read ({e}): {remedy}") from None
-    if Path(name).suffix.lower() == ".npy":
+    if suffix(path) == ".npy":
         try:
             return as_mask(np.load(io.BytesIO(data), allow_pickle=False))
         except Exception as e:  # numpy raises ValueError, EOFError, TokenError, MemoryError and more

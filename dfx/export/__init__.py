@@ -14,7 +14,7 @@ from dfx.export.h5 import clam, stamp, trident
 from dfx.export.output import Output, Pool
 from dfx.export.source import Source
 from dfx.export.tables import anndata, spatialdata
-from dfx.remote import is_remote, shown
+from dfx.remote import is_remote, local_path, shown
 from dfx.store import check_folder, statuses
 
 __all__ = ["FORMATS", "POOLS", "Format", "Pool", "export"]
@@ -111,7 +111,7 @@ def on_disk(path: str | Path) -> Path:
     """Give a path made absolute; raises `StoreError` for a URL."""
     if is_remote(path):
         raise StoreError(f"{shown(str(path))} is not on a mounted disk, where files are exported from and to: copy it.")
-    return Path(path).expanduser().absolute()
+    return local_path(path).expanduser().absolute()
 
 
 def put(output: Output, place: Path) -> None:

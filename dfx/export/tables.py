@@ -53,7 +53,7 @@ def spatialdata(source: Source) -> list[Output]:
 
     def write(path: Path) -> None:
         root = zarr.create_group(
-            str(path),
+            path,
             attributes={
                 "spatialdata_attrs": {"version": "0.2", "spatialdata_software_version": "0.7.3"},
                 "tile_spec": {TILES: tile_spec(source)},
@@ -100,7 +100,7 @@ def spatialdata(source: Source) -> list[Output]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata")  # not in the zarr 3 standard yet
             warnings.filterwarnings("ignore", message="Object at")  # the parquet file
-            zarr.consolidate_metadata(str(path))
+            zarr.consolidate_metadata(path)
 
     return [Output(f"{source.name}.zarr", write, replaceable=is_exported)]
 
@@ -143,6 +143,6 @@ def write_table(ad: Any, place: Any, name: str, table: Any) -> None:
 def is_exported(path: Path) -> bool:
     """Whether a folder is what an export wrote."""
     try:
-        return MARK in zarr.open_group(str(path), mode="r").attrs
+        return MARK in zarr.open_group(path, mode="r").attrs
     except (OSError, ValueError, KeyError):
         return False

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from dfx.errors import CallError, StoreError
+from dfx.remote import is_remote, local_path, shown
 
 Picture: TypeAlias = NDArray[np.uint8]
 """uint8 RGB (rows, columns, 3)."""
@@ -147,8 +148,13 @@ def colour_bar(colours: Picture, ticks: Sequence[str], height: int) -> Picture:
 
 
 def write_png(picture: Picture, path: str | Path) -> Path:
-    """Write a picture as PNG; raises `CallError` for another ending, `StoreError` where it can't be written."""
-    path = Path(path)
+    """Write a picture as PNG.
+
+    Raises `CallError` for a URL or another ending, `StoreError` where it can't be written.
+    """
+    if is_remote(path):
+        raise CallError(f"{shown(str(path))} is a URL: pictures are written to a mounted disk.")
+    path = local_path(path)
     if path.suffix.lower() != ".png":
         raise CallError(f"{path} does not end with .png: pictures are written as PNG.")
     try:

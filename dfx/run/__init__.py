@@ -137,6 +137,8 @@ def run_slides(
             if isinstance(event, Planned):
                 for encoder in encoders:
                     warn_of_mpp(event, encoder, warned)
+                if event.doubt:
+                    warnings.warn(event.doubt, stacklevel=2)
                 if not event.patches:
                     address = event.item.address
                     warnings.warn(f"{address} has no patch under its mask: its features are empty.", stacklevel=2)
@@ -190,8 +192,8 @@ def output_names(items: Sequence[Item]) -> dict[Any, str]:
     """
 
     def names(item: Item) -> Iterator[str]:
-        path = Path(item.address)
-        digest = hashlib.sha256(os.fsencode(path) + repr(item.identity[1:]).encode()).hexdigest()[:8]
+        path = Path(item.address.partition("?versionId=")[0])
+        digest = hashlib.sha256(os.fsencode(Path(item.address)) + repr(item.identity[1:]).encode()).hexdigest()[:8]
         ending = path.suffix.lstrip(".").lower()
         stem = os.fsencode(path.stem).decode("utf-8", "replace")
         if len(os.fsencode(path.stem)) > LONGEST or "\ufffd" in stem:  # what zarr and file systems take

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dfx.remote import is_remote, shown
+from dfx.remote import is_remote, local_path, shown
 from dfx.slides import Slide, open_slide
 
 
@@ -68,7 +68,7 @@ class Item:
             return self.slide.source.address
         if is_remote(self.slide):
             return str(self.slide)
-        return os.path.abspath(str(self.slide).removeprefix("file://"))  # noqa: PTH100
+        return os.path.abspath(local_path(self.slide))  # noqa: PTH100
 
     @property
     def identity(self) -> tuple[Any, ...]:

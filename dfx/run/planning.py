@@ -66,6 +66,8 @@ class Planned:
     """The store where blocks are written; None: they are given."""
     coordinates: NDArray[np.int64] | None = None
     """Of the patches, where there is no store."""
+    doubt: str = ""
+    """Why features that are kept might be those of other pixels; see `Store.doubt`."""
     mpp: float | None = None
     """About how many microns a pixel of the patches has; None: unknown."""
 
@@ -110,6 +112,7 @@ class Request:
         check_room(plan, self.options.memory_threshold, cluster.memory_limit())
         if self.place is None:
             tasks, todo, coordinates = arrays.Tasks.of(arrays.lazy_features(plan)), None, plan.grid.coordinates
+            doubt = ""
         else:
             coordinates = None
             try:
@@ -118,7 +121,7 @@ class Request:
                 raise StoreError(f"{self.place} can't be written ({e}): check the disk and its permissions.") from e
             lazy = arrays.written(arrays.lazy_features(plan, store.place), store.target) if len(plan.grid) else None
             tasks = arrays.Tasks.of(da.empty((0,)) if lazy is None else lazy)
-            todo = store.missing()
+            todo, doubt = store.missing(), store.doubt
         blocks = list(range(plan.blocks)) if todo is None else todo
         left = sum(rows.stop - rows.start for rows in map(plan.rows, blocks))
         return Planned(
@@ -134,6 +137,7 @@ class Request:
             projected=plan.projected(threads),
             place=self.place,
             coordinates=coordinates,
+            doubt=doubt if len(blocks) < plan.blocks else "",
             mpp=plan.mpp,
         )
 

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from dfx.errors import CallError, CallTypeError, FormatError, SlideError
 from dfx.resolution import one, pair
+from dfx.slides.identity import is_same
 from dfx.slides.level import Level
 from dfx.slides.openslide import installed, open_openslide
 from dfx.slides.slide import Slide
 from dfx.slides.tiff import open_tiff
 
-__all__ = ["Level", "Slide", "open_slide"]
+__all__ = ["Level", "Slide", "is_same", "open_slide"]
 
 
 def open_slide(

@@ -52,7 +52,7 @@ class RemoteFile:
         if said.get("size") is None:
             raise SlideError(f"{self.url} has no size that its server tells, so it can't be read in parts: copy it.")
         self.size = int(said["size"])
-        self._version = version(said)
+        self.version = version(said)
         self._checked = time.monotonic()
         self._header: Blocks | None = Blocks(lambda start, stop: self._get([(start, stop)])[0], self.size)
         self._mine = threading.local()
@@ -66,6 +66,11 @@ class RemoteFile:
         missing = [one for one in ranges if one not in pieces]
         if missing:
             pieces = pieces | self._fetch(missing)
+        return [pieces[one].bytes(one[1]) for one in ranges]
+
+    def sample(self, ranges: Sequence[Range]) -> list[bytes]:
+        """Give the bytes of ranges far apart, all fetched at once; of no use for what is read next."""
+        pieces = self._fetch(ranges)
         return [pieces[one].bytes(one[1]) for one in ranges]
 
     def expect(self, *runs: Sequence[Range]) -> None:
@@ -125,7 +130,8 @@ class RemoteFile:
             return
         self._checked = now
         self._fs.invalidate_cache(self._path)
-        if version(self._patiently(lambda: self._fs.info(self._path))) != self._version:
+        said = self._patiently(lambda: self._fs.info(self._path))
+        if (said.get("size"), version(said)) != (self.size, self.version):
             raise SlideError(f"{self.url} changed since it was opened: open it again, or restore the file.")
 
     def _patiently(self, work: Callable[[], T]) -> T:
@@ -174,9 +180,9 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
     return found
 
 
-def version(said: Mapping[str, Any]) -> tuple[str, ...]:
-    """What tells a file from the one that was there before."""
-    return str(said.get("size")), next((str(said[name]) for name in VERSION if said.get(name)), "")
+def version(said: Mapping[str, Any]) -> str:
+    """Tell a file from the one of the same address that was there before."""
+    return next((f"{name}:{said[name]}" for name in VERSION if said.get(name)), "")
 
 
 class Blocks:

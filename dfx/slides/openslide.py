@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from dfx.errors import SlideError, TileError
 from dfx.slides import vendors
+from dfx.slides.identity import identity as file_identity
+from dfx.slides.identity import older
 from dfx.slides.level import Level, TileGrid, as_rgb
 from dfx.slides.slide import Slide
 from dfx.slides.source import PROBE, ByteSource, LocalFile, open_source
-from dfx.slides.source import identity as file_identity
 
 if TYPE_CHECKING:
     import openslide
@@ -51,8 +52,8 @@ def open_openslide(
     """Open a slide through OpenSlide; `mpp` and `power` go before what the file says. Raises `SlideError`."""
     source = open_source(url, storage_options)
     if not isinstance(source, LocalFile):
-        raise SlideError(f"{url} is read through OpenSlide, which reads local files only: copy the slide.")
-    library = load(url)
+        raise SlideError(f"{source.url} is read through OpenSlide, which reads local files only: copy the slide.")
+    library = load(source.url)
     path, version = Path(source.url), library.__library_version__
     try:
         vendor = library.OpenSlide.detect_format(path)
@@ -230,10 +231,10 @@ def notes(regions: Sequence[Regions], properties: Mapping[str, str]) -> list[str
 
 def content(path: Path, vendor: str, properties: Mapping[str, str]) -> str:
     """Name a slide's content, that of all its files, whatever their paths; never that of another reader's slide."""
-    digest = hashlib.sha256(properties.get("openslide.quickhash-1", "").encode())
-    for name in sorted(file_identity(open_source(str(file))) for file in files(path, vendor, properties)):
-        digest.update(name.encode())
-    return f"openslide-{digest.hexdigest()[:32]}"
+    found = sorted(file_identity(open_source(str(file))) for file in files(path, vendor, properties))
+    hashed = properties.get("openslide.quickhash-1", "")
+    digests = (hashlib.sha256("".join([hashed, *names]).encode()) for names in (sorted(map(older, found)), found))
+    return "-".join(["openslide", *(digest.hexdigest()[:32] for digest in digests)])
 
 
 def files(path: Path, vendor: str, properties: Mapping[str, str]) -> set[Path]:

@@ -62,11 +62,12 @@ class Slide:
     """Opens the same slide in another process."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        known = self.identity, self.backend
+        known = self.identity, self.backend, self.source.version
         return _reopened, (self.reopen, self.source.address, *self.overrides, self.storage_options, *known)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        return "dfx.Slide", self.identity, self.url, self.mpp, self.power
+        # By the whole address, which Dask hashes: two objects may be shown alike.
+        return "dfx.Slide", self.identity, self.source.address, self.source.version, self.mpp, self.power
 
     def __repr__(self) -> str:
         width, height = self.dimensions
@@ -309,15 +310,19 @@ def _reopened(
     storage_options: Mapping[str, Any] | None,
     identity: str,
     backend: str,
+    version: str,
 ) -> Slide:
     def build() -> Slide:
         slide = reopen(url, mpp=mpp, power=power, storage_options=storage_options)
         if slide.backend != backend:
-            raise SlideError(f"{url} was opened by {backend} and is read by {slide.backend} here: install the same.")
+            raise SlideError(
+                f"{slide.url} was opened by {backend} and is read by {slide.backend} here: install the same."
+            )
         if slide.identity != identity:
             raise SlideError(f"{slide.url} changed since it was opened: open it again, or restore the file.")
         return slide
 
     access = pickle.dumps(storage_options)  # credentials and servers change within a process's life
-    slide: Slide = OPENED.get((url, mpp, power, identity, access), build)
+    # By the file's version, too: the tiles of a slide that was open before it was written anew are not to be used.
+    slide: Slide = OPENED.get((url, mpp, power, identity, version, access), build)
     return slide

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import stat
@@ -29,11 +28,18 @@ class ByteSource(Protocol):
     size: int
     serial: int
     """Tells this opening of a file from every other in the process: what was read through it is known by it."""
+    version: str
+    """Changes when the file is written anew, as far as its file system tells: "mtime:..." or "ETag:..."; may be empty.
+    Unlike the content's identity it is another one for a copy."""
     prefetches: bool
     """Whether `expect` is worth calling."""
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Give the bytes of each (offset, count), whole; raises `SlideError` when some are missing."""
+        ...
+
+    def sample(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Give the bytes of a few short ranges far apart, whole, as cheaply as can be."""
         ...
 
     def expect(self, *runs: Sequence[tuple[int, int]]) -> None:
@@ -57,12 +63,16 @@ class LocalFile:
         except OSError as e:
             raise SlideError(f"{path} can't be opened: {e.strerror}. Check the path and its permissions.") from e
         self._finalizer = weakref.finalize(self, os.close, self._fd)
-        self.size = os.fstat(self._fd).st_size
+        found = os.fstat(self._fd)
+        self.size = found.st_size
+        self.version = f"mtime:{found.st_mtime_ns}"
         self.serial = next(_serials)
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         """Give the bytes of each (offset, count), whole."""
         return [self._read(offset, count) for offset, count in ranges]
+
+    sample = read
 
     def _read(self, offset: int, count: int) -> bytes:
         data = os.pread(self._fd, count, offset)
@@ -88,7 +98,7 @@ def open_source(url: str, storage_options: Mapping[str, Any] | None = None) -> B
     """Open the file behind a path or a URL."""
     if remote.is_remote(url):
         return RemoteFile(url, storage_options, next(_serials))
-    path = Path(url.removeprefix("file://"))
+    path = remote.local_path(url)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -100,13 +110,3 @@ def open_source(url: str, storage_options: Mapping[str, Any] | None = None) -> B
     if not stat.S_ISREG(mode):
         raise SlideError(f"{path} is a pipe or device, not a file: give the slide's file.")
     return LocalFile(path.absolute())
-
-
-def identity(source: ByteSource) -> str:
-    """Name a file's content by its size and the SHA-256 of its first and last 64 KiB.
-
-    Independent of path and time stamps, so that a copied slide is the same slide.
-    """
-    ends = [(0, min(PROBE, source.size)), (max(0, source.size - PROBE), min(PROBE, source.size))]
-    digest = hashlib.sha256(b"".join(source.read(ends))).hexdigest()
-    return f"{source.size}-{digest[:32]}"

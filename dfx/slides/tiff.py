@@ -16,12 +16,13 @@ import tifffile
 
 from dfx.errors import DfxError, FormatError, SlideError
 from dfx.slides import vendors
+from dfx.slides.identity import identity
 from dfx.slides.level import Level, StoredTiles
 from dfx.slides.ndpi import FILE_FORMAT, SOURCE_LENS, has_long_pointers, ndpi_levels
 from dfx.slides.ome import ome
 from dfx.slides.pyramid import leica_levels, pyramid, series_levels
 from dfx.slides.slide import Slide
-from dfx.slides.source import ByteSource, identity, open_source
+from dfx.slides.source import ByteSource, open_source
 
 BY_OPENSLIDE = (
     "pip install dfx[openslide], here and on the workers, and it is read through OpenSlide; "
@@ -85,7 +86,7 @@ def open_tiff(
         power=power or facts.power,
         levels=tuple(facts.levels),
         notes=facts.notes,
-        identity=identity(source),
+        identity=identity(source, facts.levels),
         source=source,
         overrides=(mpp, power),
         storage_options=storage_options,

@@ -163,9 +163,9 @@ class Disk:
                 remove_folder(self.path / node.name)
             node.rename(self.path / node.name)
 
-    def zarr(self) -> str:
-        """Give the path."""
-        return str(self.path)
+    def zarr(self) -> Path:
+        """Give the path; zarr takes a text with "::" or "://" for a URL."""
+        return self.path
 
 
 def remove_folder(folder: Path) -> None:

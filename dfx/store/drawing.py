@@ -10,8 +10,8 @@ import numpy as np
 
 from dfx import pictures
 from dfx.errors import CallError, SlideError, StoreError
-from dfx.remote import is_remote
-from dfx.slides import Slide, open_slide
+from dfx.remote import is_remote, local_path
+from dfx.slides import Slide, is_same, open_slide
 
 if TYPE_CHECKING:
     from dfx.store.reading import Features
@@ -32,14 +32,14 @@ def stored_slide(
     if said is None:
         raise StoreError(f"{path} holds loose patches, which have no slide to show.")
     if slide is None:
-        if not is_remote(said["url"]) and not Path(said["url"]).exists():
+        if not is_remote(said["url"]) and not local_path(said["url"]).exists():
             raise SlideError(
                 f"{said['url']} does not exist any more: say where the slide is now with slide= (--slide)."
             )
         mpp = None if said["mpp"] is None else tuple(said["mpp"])
         backend = said.get("backend", "auto").partition(" ")[0]
         slide = open_slide(said["url"], mpp, said["power"], storage_options, backend=backend)
-    if slide.identity != attributes.get("fingerprint", {}).get("slide"):
+    if not is_same(attributes.get("fingerprint", {}).get("slide"), slide.identity):
         raise CallError(f"{path} was not made from {slide.url}: give the slide of {said['url']}.")
     return slide
 

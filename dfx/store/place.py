@@ -88,7 +88,7 @@ class Place(Protocol):
         """Take what was made beside what is there, the file `last` last."""
         ...
 
-    def zarr(self) -> ZarrStore | str:
+    def zarr(self) -> ZarrStore | Path:
         """Give what zarr opens."""
         ...
 
@@ -104,7 +104,7 @@ def place_of(at: At, storage_options: Mapping[str, Any] | None = None) -> Place:
             raise CallTypeError(f"a folder or store is given by its path (str or Path), not by {type(at).__name__}.")
         return at
     if not remote.is_remote(at):
-        return Disk(Path(str(at).removeprefix("file://")))
+        return Disk(remote.local_path(at))
     url = str(at).rstrip("/")
     if remote.shown(url) != url:
         raise StoreError(

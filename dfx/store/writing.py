@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from zarr.storage import MemoryStore
 
 from dfx.errors import StoreError
 from dfx.plan import Head, Plan, describe_heads, differences
+from dfx.slides import Slide, is_same
 from dfx.store.layout import (
     META,
     NOTES,
@@ -50,6 +51,8 @@ class Store:
     """The group's folder."""
     arrays: tuple[zarr.Array[Any], ...]
     """Where blocks go, one for each encoder."""
+    doubt: str = ""
+    """Why features that are kept might be those of other pixels; "": there is no reason to think so."""
 
     @classmethod
     def at(cls, place: Place, encoders: Sequence[str]) -> Store:
@@ -75,15 +78,18 @@ class Store:
             with in_one_step(place, stored) as made:
                 cls._create(made, plan, label)
             return cls.prepare(place, plan, label)  # what lies there now is this one, or another run's
-        fingerprint = stored.get("fingerprint")
-        found = differences(fingerprint if isinstance(fingerprint, dict) else {}, plan.fingerprint())
+        fingerprint, planned = stored.get("fingerprint"), plan.fingerprint()
+        fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
+        if is_same(fingerprint.get("slide"), plan.slide.identity):
+            planned["slide"] = fingerprint["slide"]  # which an older version may have written
+        found = differences(fingerprint, planned)
         if found:
             raise StoreError(
                 f"{place} holds the output of another run ({'; '.join(found[:4])}"
                 f"{f'; and {len(found) - 4} more' if len(found) > 4 else ''}): "
                 "give another save_dir (--out), or overwrite=True (--overwrite) to replace it."
             )
-        store = cls.at(place, [head.name for head in plan.heads])
+        store = replace(cls.at(place, [head.name for head in plan.heads]), doubt=doubt(place, stored, plan.slide))
         changes = {} if label in (None, stored.get("label")) else {"label": label}
         if stored.get("status") != "running" and store.missing():
             changes |= {"status": "running"}
@@ -127,6 +133,18 @@ class Store:
         }
         sizes = self.place.sizes(list(wanted))
         return sorted({block for (block, whole), size in zip(wanted.values(), sizes, strict=True) if size != whole})
+
+
+def doubt(place: Place, stored: dict[str, Any], slide: Slide) -> str:
+    """Say where a slide's file was written anew since its store was begun, though its identity is the same."""
+    slide_then = stored.get("slide", {})
+    then, now = (str(version).partition(":") for version in (slide_then.get("file_version", ""), slide.source.version))
+    if slide_then.get("url") != slide.url or then[0] != now[0] or then[2] == now[2]:  # a copy has a time of its own
+        return ""
+    return (
+        f"{slide.url} was written anew since {place} was made from it, but its size and samples of its bytes are the "
+        "same: the features are kept. If its pixels changed, extract them again with overwrite=True (--overwrite)."
+    )
 
 
 def write_note(place: Place, block: str, said: dict[str, Any]) -> None:

@@ -1,0 +1,89 @@
+"""A slide's content in one line: equal for a copy of it, whatever its path and time stamps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfx.slides.level import Level, StoredTiles
+from dfx.slides.source import PROBE, ByteSource
+
+SAMPLE = 4096
+"""Bytes of a sample."""
+OF_LEVEL = 1
+"""Samples of a level whose tiles are compressed: another picture has tiles of other sizes, which the tables show."""
+OF_PIXELS = 128
+"""Samples of all levels that are not compressed: their tables do not depend on the picture."""
+OF_FILE = 16
+"""Samples of a file whose tiles dfx does not know."""
+OVERVIEW = 256 * 1024
+"""Bytes of the coarsest level up to which it is taken whole: it shows every part of the slide."""
+
+
+def identity(source: ByteSource, levels: Sequence[Level] = ()) -> str:
+    """Name a file's content: "size-ends-inside", where the last two are digests (SHA-256, 128 bits).
+
+    `ends` is that of the first and last 64 KiB. `inside` is that of where the tiles of every level lie, and of
+    samples between: one of each level whose tiles are compressed, 128 over those that are not, and the
+    coarsest level whole where it has at most 256 KiB. Of a file without `levels` it is that of 16 samples. A remote
+    file gives them in one request for many ranges, less than 1 MiB in all.
+
+    A change that leaves all of this as it is goes unnoticed: other pixels in a few tiles, of the same number of bytes,
+    that neither a sample nor the coarsest level shows. Therefore a store keeps the time at which its file was written,
+    too, and a run that goes on from it warns where that changed.
+    """
+    ends = [(0, min(PROBE, source.size)), (max(0, source.size - PROBE), min(PROBE, source.size))]
+    inside = hashlib.sha256()
+    ranges: list[tuple[int, int]] = []
+    parts = [[part for part in level.parts if isinstance(part, StoredTiles)] for level in levels]
+    pixels = sum(int(part.counts.sum()) for n, found in enumerate(parts) for part in found if is_raw(levels[n]))
+    for level, found in zip(levels, parts, strict=True):
+        for part in found:
+            for table in (part.offsets, part.counts):
+                inside.update(table.astype("<i8").tobytes())
+            share = max(OF_LEVEL, round(OF_PIXELS * part.counts.sum() / pixels)) if is_raw(level) else OF_LEVEL
+            ranges += spread(part.offsets, part.counts, share, source.size)
+    if not ranges:
+        ranges = spread(np.zeros(1, np.int64), np.array([source.size]), OF_FILE, source.size)
+    elif parts[-1]:
+        start = min(int(part.offsets[part.counts > 0].min(initial=source.size)) for part in parts[-1])
+        stop = max(int((part.offsets + part.counts)[part.counts > 0].max(initial=0)) for part in parts[-1])
+        if 0 <= start < stop <= min(source.size, start + OVERVIEW):
+            ranges.append((start, stop - start))
+    digest = hashlib.sha256(b"".join(source.read(ends))).hexdigest()
+    for data in source.sample(ranges):
+        inside.update(data)
+    return f"{source.size}-{digest[:32]}-{inside.hexdigest()[:32]}"
+
+
+def is_raw(level: Level) -> bool:
+    """Whether a level's tiles are not compressed, so that they have one size whatever they show."""
+    return level.codec == "none"
+
+
+def spread(offsets: NDArray[Any], counts: NDArray[Any], n: int, size: int) -> list[tuple[int, int]]:
+    """Give `n` (offset, count) of at most `SAMPLE` bytes, evenly spaced over the bytes of tiles inside the file."""
+    there = (counts > 0) & (offsets >= 0) & (offsets + counts <= size)
+    offsets, counts = offsets[there], counts[there]
+    if not counts.size:
+        return []
+    stops = np.cumsum(counts)
+    at = stops[-1] * (2 * np.arange(n) + 1) // (2 * n)
+    tile = np.searchsorted(stops, at, side="right")
+    length = np.minimum(SAMPLE, counts[tile])
+    start = offsets[tile] + np.minimum(at - (stops - counts)[tile], counts[tile] - length)
+    return list(zip(start.tolist(), length.tolist(), strict=True))
+
+
+def older(identity: str) -> str:
+    """Give the identity that dfx 0.1 had for the same file: all but the last part."""
+    return identity.rpartition("-")[0]
+
+
+def is_same(stored: object, identity: str) -> bool:
+    """Whether an identity that a store has, of this or an older version of dfx, is that of a slide."""
+    return stored in (identity, older(identity))
