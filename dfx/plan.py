@@ -297,9 +297,9 @@ def differences(stored: dict[str, Any], planned: dict[str, Any]) -> list[str]:
 
 
 def short(value: Any) -> str:
-    """Give a value for a message; of a digest, its beginning."""
+    """Give a value for a message; of a digest, its beginning and end."""
     text = str(value)
-    return f"{text[:12]}…" if len(text) > 30 and isinstance(value, str) else text
+    return f"{text[:12]}…{text[-4:]}" if len(text) > 30 and isinstance(value, str) else text
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,7 +126,7 @@ def test_features_of_a_slide_that_was_replaced_are_not_kept(
     changed = picture.copy()
     changed[END:-END] = changed[END:-END, :, ::-1]
     write(path, changed, tile=(256, 256))
-    with pytest.raises(RunError, match="holds the output of another run .slide: stored .* overwrite"):
+    with pytest.raises(RunError, match=r"holds the output of another run \(slide: stored .* overwrite"):
         extractor.run([path], **run)
     with pytest.raises(CallError, match="was not made from"):
         dfx.open_features(store).plot()

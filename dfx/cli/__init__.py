@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -56,6 +57,8 @@ def entry() -> NoReturn:
 
     After an interruption at once: a thread that is still in torch's code would have the process abort (exit code 134).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8, as they are
     code = main()
     if code in (INTERRUPTED, TRY_AGAIN):
         sys.stdout.flush()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dfx.export.output import Output, needed
+from dfx.export.output import Output, legible, needed
 from dfx.export.source import ROWS, Source
 from dfx.store import Features
 
@@ -158,7 +158,7 @@ def h5(path: str, fill: Callable[[Any, str], None], same: Callable[[Path], bool]
 
     def write(place: Path) -> None:
         with h5py.File(place, "x") as file:
-            fill(file, str(place.parent))
+            fill(file, legible(str(place.parent)))
 
     return Output(path, write, same)
 

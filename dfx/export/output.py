@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,14 @@ class Output:
     """Whether what lies at a path may be replaced, when the user says so."""
 
 
+def legible(path: str) -> str:
+    """Give a path as text that a file can hold: bytes of names that are no UTF-8 are replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def plain_name(name: str) -> str:
     """Give a name as a part of a path; raises `StoreError` for one that would lead elsewhere."""
-    part = name.replace("/", "-")
+    part = legible(name).replace("/", "-")
     if part in ("", ".", "..") or "\0" in part or "\\" in part:
         raise StoreError(f"{name!r} is no name that a file can have.")
     return part

@@ -86,7 +86,8 @@ def spatialdata(source: Source) -> list[Output]:
             },
             geometry="geometry",
         )
-        shapes.to_parquet(path / "shapes" / TILES / "shapes.parquet")
+        with (path / "shapes" / TILES / "shapes.parquet").open("wb") as file:  # pyarrow takes some paths for URIs
+            shapes.to_parquet(file)
         tables = root.create_group("tables")
         for name, features in source.encoders.items():
             table = annotated(source, features)

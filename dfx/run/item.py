@@ -32,6 +32,10 @@ class Item:
     storage_options: Mapping[str, Any] | None = field(default=None, hash=False)
     """Of the file systems of slide and mask; never told."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.slide, Slide) and not is_remote(self.slide):  # a worker may be in another folder
+            object.__setattr__(self, "slide", os.path.abspath(local_path(self.slide)))  # noqa: PTH100
+
     def __repr__(self) -> str:
         return f"Item({self.address})"
 
@@ -66,9 +70,7 @@ class Item:
     def _url(self) -> str:
         if isinstance(self.slide, Slide):
             return self.slide.source.address
-        if is_remote(self.slide):
-            return str(self.slide)
-        return os.path.abspath(local_path(self.slide))  # noqa: PTH100
+        return str(self.slide)
 
     @property
     def identity(self) -> tuple[Any, ...]:
