@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 import tifffile
 from hamamatsu import Page, Picture, jpeg, page, write_ndpi
 from numpy.typing import NDArray
+from PIL import Image
 
 import dfx
 from dfx.errors import SlideError, TileError
@@ -114,8 +116,11 @@ def test_any_restart_interval_gives_the_pixels_of_the_whole_jpeg(
 ) -> None:
     if subsampling != "420" and run and run[1] < 256:
         run = 8, run[1]  # a run of less than a row is one unit high
-    if run == (16, 96) or run == (8, 96):
-        made = write_ndpi(tmp_path / "s.ndpi", [uneven(subsampling)])
+    if run == (16, 96) or run == (8, 96):  # runs go from one row of units into the next
+        kind = {"444": 0, "422": 1, "420": 2}[subsampling]
+        made = write_ndpi(
+            tmp_path / "s.ndpi", [by_pillow(picture(120, 250), subsampling=kind, restart_marker_blocks=5)]
+        )
     else:
         made = write_ndpi(tmp_path / "s.ndpi", [page(picture(120, 250), 20, run_yx=run, subsampling=subsampling)])
     slide = dfx.open_slide(made)
@@ -131,21 +136,24 @@ def test_any_restart_interval_gives_the_pixels_of_the_whole_jpeg(
         assert np.array_equal(np.asarray(region)[..., :3], decoded(dfx.open_slide(full), 0))
 
 
-def uneven(subsampling: str) -> Page:
-    """A level whose runs go from one row of units into the next, as its header says (libjpeg writes such)."""
-    import io
-
-    from PIL import Image
-
+def by_pillow(image: Picture, **options: Any) -> Page:
+    """A level as Pillow encodes it, with each restart marker listed."""
     out = io.BytesIO()
-    kind = {"444": 0, "422": 1, "420": 2}[subsampling]
-    Image.fromarray(picture(120, 250)).save(out, "JPEG", quality=95, subsampling=kind, restart_marker_blocks=5)
+    Image.fromarray(image).save(out, "JPEG", quality=95, **options)
     data = out.getvalue()
     scan = data.index(b"\xff\xda")
     first = scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")
     starts = [first] + [n + 2 for n in range(first, len(data) - 1) if data[n] == 255 and 0xD0 <= data[n + 1] <= 0xD7]
-    made = jpeg(picture(8, 8), None)
-    return Page(replace(made, data=data, starts=starts), (120, 250), 20, 0, starts)
+    return Page(replace(jpeg(picture(8, 8), None), data=data, starts=starts), image.shape[:2], 20, 0, starts)
+
+
+def test_a_progressive_level_is_read_whole(tmp_path: Path) -> None:
+    made = by_pillow(picture(), subsampling=0, progressive=True, restart_marker_blocks=8)
+    assert made.starts is not None
+    made = replace(made, starts=made.starts[:128])  # as many as its runs, which are no tiles
+    slide = dfx.open_slide(write_ndpi(tmp_path / "s.ndpi", [made]))
+    assert slide.levels[0].tile_yx == (128, 256)
+    assert np.abs(decoded(slide, 0).astype(int) - picture()).mean() < 3
 
 
 # Restart markers

@@ -67,7 +67,7 @@ def tifffile_decoder(page: Any, keyframe: Any, base: int) -> Decode:
     decode = keyframe.decode
     decode(None, 0)  # an unknown compression or layout is an error now, not at the first tile
     compression, layout = int(keyframe.compression), Layout.of(keyframe)
-    tables, header = page.jpegtables, getattr(page, "jpegheader", None)  # frames have no header of their own
+    tables = page.jpegtables
     shortest = samples_of(keyframe)
 
     def decode_tile(data: bytes, index: int, *, scratch: bool) -> NDArray[Any]:
@@ -77,7 +77,7 @@ def tifffile_decoder(page: Any, keyframe: Any, base: int) -> Decode:
         cut = compression in JPEGXR and not is_whole_jpegxr(data)
         if cut or (compression in UNFRAMED and len(UNFRAMED[compression](data)) < shortest):
             raise ValueError("it is cut short")
-        segment, _, _ = decode(data, base + index, jpegtables=tables, jpegheader=header)
+        segment, _, _ = decode(data, base + index, jpegtables=tables)
         return layout.checked(segment[0])
 
     return decode_tile

@@ -53,8 +53,8 @@ class JpegTiles:
 
     @classmethod
     def of(cls, page: Any, keyframe: Any) -> JpegTiles | None:
-        """Describe the tiles of a page; None where they are not JPEG, or share one header (NDPI)."""
-        if keyframe.compression not in COMPRESSIONS or getattr(page, "jpegheader", None):
+        """Describe the tiles of a page; None where they are not JPEG."""
+        if keyframe.compression not in COMPRESSIONS:
             return None
         return cls(Layout.of(keyframe), int(keyframe.photometric), page.jpegtables)
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import SlideError
+from dfx.slides.codestream import jpeg_segments
 from dfx.slides.level import Level, StoredTiles
 from dfx.slides.pyramid import MOST_TILE_BYTES, make_level, tile_grid
 from dfx.slides.source import ByteSource
@@ -115,8 +116,8 @@ def same_aspect(shape: Shape, base: Shape) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class JpegHeader:
-    """The header of a JPEG, up to the first byte of its compressed data."""
+class LevelJpeg:
+    """The JPEG of a level, by its header: up to the first byte of its compressed data."""
 
     data: bytes
     size_at: int
@@ -126,54 +127,45 @@ class JpegHeader:
     """Rows and columns of pixels of the smallest unit that is coded."""
     components: int
     sequential: bool
-    """Whether it is coded from top to bottom, so that a part of it can be decoded."""
+    """Whether it is coded from top to bottom in a single scan, so that a part of it can be decoded."""
     interval: int
     """Units between two restart markers; 0: it has none."""
 
     @classmethod
-    def read(cls, source: ByteSource, offset: int, count: int) -> JpegHeader:
+    def read(cls, source: ByteSource, offset: int, count: int) -> LevelJpeg:
         """Read it from a file; raises `SlideError`."""
         for size in (4096, MOST_HEADER_BYTES):
             data = source.read([(offset, max(0, min(count, size)))])[0]
             try:
                 return cls.of(data)
-            except (IndexError, ValueError) as e:
+            except ValueError as e:
                 failure = e
         raise SlideError(f"the {count} bytes at {offset} are no JPEG ({failure}): the file is damaged; copy it again")
 
     @classmethod
-    def of(cls, data: bytes) -> JpegHeader:
-        """Parse the beginning of a JPEG (ITU-T T.81, annex B); raises `ValueError` or `IndexError`."""
-        if data[:2] != b"\xff\xd8":
-            raise ValueError("it has no start mark")
-        at, interval, frame = 2, 0, 0
-        while True:
-            if data[at] != 0xFF:
-                raise ValueError(f"there is no marker at byte {at} of it")
-            marker = data[at + 1]
-            length = int.from_bytes(data[at + 2 : at + 4], "big")
-            if at + 2 + length > len(data) or length < 2:
-                raise ValueError("its header has no end")
-            if marker == 0xDD:
-                interval = int.from_bytes(data[at + 4 : at + 6], "big")
-            elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                frame = at
-            at += 2 + length
-            if marker == 0xDA:
-                break
-        if not frame:
-            raise ValueError("it has no frame header")
-        components = data[frame + 9]
-        factors = data[frame + 11 : frame + 10 + 3 * components : 3]
+    def of(cls, data: bytes) -> LevelJpeg:
+        """Parse the beginning of a JPEG (ITU-T T.81, annex B); raises `ValueError`."""
+        interval, frame, kind, end, in_scan = 0, 0, 0, 0, 0
+        for code, start, stop in jpeg_segments(data):
+            if code == 0xDD:
+                interval = int.from_bytes(data[start:stop], "big")
+            elif 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+                frame, kind = start, code
+            elif code == 0xDA:
+                end, in_scan = stop, data[start]
+        if data[:2] != b"\xff\xd8" or not frame or not frame < end <= len(data):
+            raise ValueError("it has no complete header")
+        components = data[frame + 5]
+        factors = data[frame + 7 : frame + 6 + 3 * components : 3]
         unit = (max(f & 15 for f in factors), max(f >> 4 for f in factors)) if components > 1 else (1, 1)
-        rows, columns = struct.unpack(">HH", data[frame + 5 : frame + 9])
+        rows, columns = struct.unpack(">HH", data[frame + 1 : frame + 5])
         return cls(
-            data=data[:at],
-            size_at=frame + 5,
+            data=data[:end],
+            size_at=frame + 1,
             size_yx=(rows, columns),
             mcu_yx=(8 * unit[0], 8 * unit[1]),
             components=components,
-            sequential=data[frame + 1] in (0xC0, 0xC1),
+            sequential=kind in (0xC0, 0xC1) and in_scan == components,
             interval=interval,
         )
 
@@ -193,10 +185,15 @@ def read_level(page: Any, source: ByteSource) -> tuple[Shape, StoredTiles, str |
     """Find a level's size, its tiles and a note; raises `SlideError`."""
     tagged = page.imagelength, page.imagewidth
     offsets, counts = page.tags.valueof(273, ()), page.tags.valueof(279, ())
-    if page.compression != 7 or page.dtype != np.uint8 or (len(offsets), len(counts)) != (1, 1):
+    if page.compression != 7:  # JPEG XR of 16 bits, raw pixels
         return tagged, tile_grid([page], page, tagged, (0, 0)), None
+    if page.dtype != np.uint8 or (len(offsets), len(counts)) != (1, 1):
+        raise SlideError(
+            f"its level of {tagged[1]} x {tagged[0]} pixels has {len(offsets)} strips of {page.dtype}, "
+            "and NDPI has one JPEG of 8 bits per level: export it again"
+        )
     offset, count = int(offsets[0]), int(counts[0])
-    header = JpegHeader.read(source, offset, count)
+    header = LevelJpeg.read(source, offset, count)
     # The JPEG is what is decoded, so its size holds; scanners write another one to the tags of small levels.
     shape = header.size_yx if all(header.size_yx) and max(tagged) <= LONGEST_SIDE else tagged
     cut = Cut.of(header, shape)
@@ -236,7 +233,7 @@ def mcu_starts(page: Any, first: int, count: int, tiles: int) -> tuple[NDArray[n
 class Cut:
     """How restart markers divide a JPEG into equal tiles, and the decoder of these."""
 
-    header: JpegHeader
+    header: LevelJpeg
     rows: int
     columns: int
     tile_yx: Shape
@@ -244,7 +241,7 @@ class Cut:
     """Rows of pixels of the last row of tiles."""
 
     @classmethod
-    def of(cls, header: JpegHeader, shape: Shape) -> Cut | None:
+    def of(cls, header: LevelJpeg, shape: Shape) -> Cut | None:
         """Divide a JPEG of a size; None where restart markers are missing or make no rectangles."""
         down, across = (-(-size // unit) for size, unit in zip(shape, header.mcu_yx, strict=True))
         interval = header.interval
@@ -281,7 +278,7 @@ class Cut:
 class Whole:
     """Decodes a JPEG that is not cut."""
 
-    header: JpegHeader
+    header: LevelJpeg
     shape_yx: Shape
 
     def __call__(self, data: bytes, index: int, *, scratch: bool) -> NDArray[np.uint8]:
