@@ -232,6 +232,7 @@ class Plan:
             "slide": {
                 "url": slide.url,
                 "file_version": slide.source.version,
+                "checksum": slide.checksum,
                 "dimensions": list(slide.dimensions),
                 "mpp": None if slide.mpp is None else list(slide.mpp),
                 "power": slide.power,

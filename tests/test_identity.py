@@ -138,10 +138,19 @@ def test_features_of_a_slide_that_was_replaced_are_not_kept(
 
 
 def test_a_file_that_was_written_anew_is_told_of_where_nothing_else_shows_it(
-    picture: NDArray[np.uint8], tmp_path: Path, extractor: dfx.DeepFeatureExtractor, client: distributed.Client
+    picture: NDArray[np.uint8],
+    tmp_path: Path,
+    extractor: dfx.DeepFeatureExtractor,
+    client: distributed.Client,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = write(tmp_path / "a.tif", picture, tile=(256, 256))
     run: dict[str, Any] = {"save_dir": tmp_path / "out", "client": client, **ALL}
+    small: dict[str, Any] = run | {"save_dir": tmp_path / "small"}
+    extractor.run([path], **small)
+    os.utime(path, (2, 2))
+    extractor.run([path], **small)  # silent: all of its bytes are the same
+    monkeypatch.setattr("dfx.slides.identity.WHOLE", 10**6)
     in_memory = ALL | {"output_type": "dict"}
     extractor.run([path], client=client, **in_memory)  # its tiles are kept by the worker
     extractor.run([path], **run)
@@ -155,6 +164,9 @@ def test_a_file_that_was_written_anew_is_told_of_where_nothing_else_shows_it(
     assert dfx.open_slide(path).identity == before.identity
     with pytest.warns(UserWarning, match=r"a\.tif was written anew since .*features are kept.*overwrite"):
         extractor.run([path], **run)
+    monkeypatch.undo()
+    with pytest.raises(RunError, match=r"another run .*checksum of the slide"):
+        extractor.run([path], **small)
     copy = shutil.copy(path, tmp_path / "b.tif")
     assert extractor.run([copy], **run)  # a copy has a time of its own
     as_array = extractor.run([path], client=client, **in_memory)[path]  # type: ignore[index, call-overload]

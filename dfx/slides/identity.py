@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.slides.level import Level, StoredTiles
-from dfx.slides.source import PROBE, ByteSource
+from dfx.slides.source import PROBE, ByteSource, LocalFile
 
 SAMPLE = 4096
 """Bytes of a sample."""
@@ -22,6 +22,8 @@ OF_FILE = 16
 """Samples of a file whose tiles dfx does not know."""
 OVERVIEW = 256 * 1024
 """Bytes of the coarsest level up to which it is taken whole: it shows every part of the slide."""
+WHOLE = 64 * 2**20
+"""Bytes of a file up to which all of it is read for a checksum."""
 
 
 def identity(source: ByteSource, levels: Sequence[Level] = ()) -> str:
@@ -33,8 +35,9 @@ def identity(source: ByteSource, levels: Sequence[Level] = ()) -> str:
     file gives them in one request for many ranges, less than 1 MiB in all.
 
     A change that leaves all of this as it is goes unnoticed: other pixels in a few tiles, of the same number of bytes,
-    that neither a sample nor the coarsest level shows. Therefore a store keeps the time at which its file was written,
-    too, and a run that goes on from it warns where that changed.
+    that neither a sample nor the coarsest level shows. Therefore a store also keeps the time at which the file was
+    written (of an object: its ETag) and its `checksum`; a run that goes on from a store after the file was written
+    anew compares the checksums, and warns where there are none.
     """
     ends = [(0, min(PROBE, source.size)), (max(0, source.size - PROBE), min(PROBE, source.size))]
     inside = hashlib.sha256()
@@ -58,6 +61,13 @@ def identity(source: ByteSource, levels: Sequence[Level] = ()) -> str:
     for data in source.sample(ranges):
         inside.update(data)
     return f"{source.size}-{digest[:32]}-{inside.hexdigest()[:32]}"
+
+
+def checksum(source: ByteSource) -> str:
+    """Give the SHA-256 of a whole local file of at most 64 MiB; "" of any other, which would take too long to read."""
+    if not isinstance(source, LocalFile) or source.size > WHOLE:
+        return ""
+    return hashlib.sha256(source.read([(0, source.size)])[0]).hexdigest()
 
 
 def is_raw(level: Level) -> bool:

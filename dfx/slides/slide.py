@@ -17,6 +17,7 @@ from dfx import resolution as res
 from dfx.errors import CallTypeError, ResolutionError, SlideError, TileError
 from dfx.slides.ahead import announced
 from dfx.slides.cache import OPENED, TILES
+from dfx.slides.identity import checksum
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level, TileGrid, as_rgb
 from dfx.slides.source import ByteSource
@@ -87,6 +88,11 @@ class Slide:
         except SlideError:  # channels that are no colours, a damaged tile
             picture = None
         return html.table(f"Slide {self.url}", rows | ({"note": "; ".join(self.notes)} if self.notes else {}), picture)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the whole file, where it is a local one of at most 64 MiB that is all of the slide; else ""."""
+        return checksum(self.source) if self.backend == "tiff" else ""
 
     @property
     def dimensions(self) -> tuple[int, int]:

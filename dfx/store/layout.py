@@ -8,6 +8,9 @@
         labels              where given
         notes/              while it is written: what blocks noted; goes into the attribute when it is closed
 
+Arrays name their dimensions, as xarray needs: ("patch", "feature"), ("patch", "corner"), ("y", "x"); of several
+encoders ("patch", "feature_<name>").
+
 A chunk is written whole, by one task, by an atomic rename, so a chunk that is there is right, and
 writing it again changes nothing.
 """
@@ -149,6 +152,8 @@ def create_features(group: zarr.Group, n: int, heads: Sequence[Head], block_size
     for name, head in zip(node_names([head.name for head in heads]), heads, strict=True):
         group.create_array(
             name,
+            # Encoders differ in their width, and of one group xarray takes each name for one size.
+            dimension_names=("patch", "feature" if len(heads) == 1 else f"feature_{head.name}"),
             shape=(n, head.dim),
             dtype=head.dtype,
             chunks=(max(1, min(block_size, n)), max(1, head.dim)),
@@ -164,6 +169,7 @@ def create_mask(group: zarr.Group, mask: Mask, dimensions: tuple[int, int]) -> N
     group.create_array(
         "mask",
         data=mask.cells,
+        dimension_names=("y", "x"),
         chunks=(min(2048, mask.cells.shape[0]), min(2048, mask.cells.shape[1])),
         attributes={"method": mask.method, "to_baseline": factors},
     )

@@ -41,6 +41,10 @@ CLOSING = "closing.json"
 """Among the notes: what the store will say of them, by whoever came first to close it."""
 AT_ONCE = 16
 """Files of notes that are read together: in a bucket there is one a block, and each takes a request."""
+DOUBT = (
+    "{slide} was written anew since {place} was made from it, but its size and samples of its bytes are the same: "
+    "the features are kept. If its pixels changed, extract them again with overwrite=True (--overwrite)."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +87,18 @@ class Store:
         if is_same(fingerprint.get("slide"), plan.slide.identity):
             planned["slide"] = fingerprint["slide"]  # which an older version may have written
         found = differences(fingerprint, planned)
+        written_anew, checksum = was_written_anew(stored, plan.slide), stored.get("slide", {}).get("checksum")
+        if written_anew and checksum:
+            found += differences({"checksum of the slide": checksum}, {"checksum of the slide": plan.slide.checksum})
         if found:
             raise StoreError(
                 f"{place} holds the output of another run ({'; '.join(found[:4])}"
                 f"{f'; and {len(found) - 4} more' if len(found) > 4 else ''}): "
                 "give another save_dir (--out), or overwrite=True (--overwrite) to replace it."
             )
-        store = replace(cls.at(place, [head.name for head in plan.heads]), doubt=doubt(place, stored, plan.slide))
+        store = cls.at(place, [head.name for head in plan.heads])
+        if written_anew and not checksum:
+            store = replace(store, doubt=DOUBT.format(slide=plan.slide.url, place=place))
         changes = {} if label in (None, stored.get("label")) else {"label": label}
         if stored.get("status") != "running" and store.missing():
             changes |= {"status": "running"}
@@ -108,6 +117,7 @@ class Store:
             shape=coordinates.shape,
             dtype=coordinates.dtype,
             chunks=(max(1, min(len(coordinates), 2**16)), 4),
+            dimension_names=("patch", "corner"),
             attributes={
                 "resolution": view.resolution_json,
                 "units": view.units,
@@ -135,16 +145,11 @@ class Store:
         return sorted({block for (block, whole), size in zip(wanted.values(), sizes, strict=True) if size != whole})
 
 
-def doubt(place: Place, stored: dict[str, Any], slide: Slide) -> str:
-    """Say where a slide's file was written anew since its store was begun, though its identity is the same."""
-    slide_then = stored.get("slide", {})
-    then, now = (str(version).partition(":") for version in (slide_then.get("file_version", ""), slide.source.version))
-    if slide_then.get("url") != slide.url or then[0] != now[0] or then[2] == now[2]:  # a copy has a time of its own
-        return ""
-    return (
-        f"{slide.url} was written anew since {place} was made from it, but its size and samples of its bytes are the "
-        "same: the features are kept. If its pixels changed, extract them again with overwrite=True (--overwrite)."
-    )
+def was_written_anew(stored: dict[str, Any], slide: Slide) -> bool:
+    """Whether a slide's file was written after its store was begun; not of a copy, which has a time of its own."""
+    before = stored.get("slide", {})
+    then, now = (str(version).partition(":") for version in (before.get("file_version", ""), slide.source.version))
+    return before.get("url") == slide.url and then[0] == now[0] and then[2] != now[2]
 
 
 def write_note(place: Place, block: str, said: dict[str, Any]) -> None:
@@ -283,7 +288,7 @@ def write_patch_mode(
             if labels is not None:
                 values = np.asarray(labels)
                 if values.dtype.kind in "biuf":
-                    group.create_array("labels", data=values)
+                    group.create_array("labels", data=values, dimension_names=("patch",))
                 else:
                     update(made, labels=[str(value) for value in values])
             finish(made)
