@@ -175,6 +175,22 @@ def test_slide_features_are_those_of_all_patches(several: Path, tmp_path: Path, 
     assert len(coords) == len(features_of(several, "Twos"))
 
 
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_slide_features_leave_out_what_is_not_finite_and_say_so(store: Path, tmp_path: Path, pool: Any) -> None:
+    holed = tmp_path / "holed.zarr"
+    shutil.copytree(store, holed)
+    array: Any = zarr.open_array(holed, path="features", mode="r+")
+    array[3, 2], array[5] = np.nan, np.inf
+    with pytest.warns(UserWarning, match=f"2 of {array.shape[0]} patches of .*holed.zarr .*NaN or infinite: .*{pool}"):
+        (*_, path) = export(holed, "trident", tmp_path / "out", pool=pool)
+    rest = np.delete(features_of(store), [3, 5], axis=0).astype(np.float64)
+    with h5py.File(path) as file:
+        assert np.allclose(file["features"][:], getattr(rest, pool)(axis=0))
+    array[...] = np.nan
+    with pytest.raises(StoreError, match=f"so the slide has no {pool}"):
+        export(holed, "trident", tmp_path / "none", pool=pool)
+
+
 def test_clam_reads_a_bag_by_its_tensor_and_by_its_h5(uneven: Path, tmp_path: Path) -> None:
     patches, bag, tensor = export(uneven, "clam", tmp_path)
     assert [p.relative_to(tmp_path).as_posix() for p in (patches, bag, tensor)] == [
@@ -220,7 +236,9 @@ def test_stamp_infers_positions_in_microns(uneven: Path, tmp_path: Path) -> None
 def test_features_beyond_float16_are_refused_and_leave_nothing(made_slide: Path, tmp_path: Path) -> None:
     class Large(Means):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) * 1e6
+            found = super().forward(x) * 1e6
+            found[0, 0] = torch.nan  # which does not hide that others are too large
+            return found
 
     with pytest.raises(StoreError, match="beyond float16"):
         export(extracted(tmp_path / "in", made_slide, Large()), "stamp", tmp_path / "out")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import distributed
 import numpy as np
 import pytest
+import zarr
 from conftest import WSI
 from numpy.typing import NDArray
 from PIL import Image
@@ -268,3 +272,132 @@ def test_a_picture_in_a_page_is_the_picture() -> None:
     source = html.image(picture, "a").split("base64,")[1].split('"')[0]
     back = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))))
     assert np.abs(back.astype(int) - picture)[:, [5, 50]].max() < 12
+
+
+@pytest.fixture(scope="module")
+def store_of(
+    quarters: tuple[dfx.Slide, dfx.Features], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[NDArray[Any]], dfx.Features]:
+    """Makes a store of the first patches of the quarters with other features."""
+    _, store = quarters
+    folder = tmp_path_factory.mktemp("stores")
+
+    def made(features: NDArray[Any]) -> dfx.Features:
+        path = folder / f"{len(list(folder.iterdir()))}.zarr"
+        shutil.copytree(store.path, path)
+        said = json.loads((path / "zarr.json").read_text())
+        group = zarr.open_group(path, mode="r+", use_consolidated=False)
+        coordinates = group["coordinates"]
+        boxes, attributes = np.asarray(coordinates[: len(features)]), dict(coordinates.attrs)  # type: ignore[index]
+        group.create_array("coordinates", data=boxes, attributes=attributes, overwrite=True)
+        group.create_array("features", data=features, overwrite=True)
+        (path / "zarr.json").write_text(json.dumps(said | {"consolidated_metadata": None}))
+        return dfx.open_features(path)
+
+    return made
+
+
+OTHER = np.random.default_rng(6)
+ROWS = OTHER.normal(size=(36, 5))
+WITH_NAN = np.where(np.arange(36)[:, None] % 9 == 4, np.nan, ROWS)
+INFINITE = ROWS.astype(np.float16)
+INFINITE[3:6, 2] = np.inf, -np.inf, np.nan
+KINDS = {
+    "nan": WITH_NAN.astype(np.float32),
+    "infinite": INFINITE,
+    "constant": np.full((36, 5), 0.1, np.float32),
+    "zeros": np.zeros((36, 5), np.float16),
+    "wide": ROWS[:, :1].astype(np.float16),
+    "huge": ROWS * 1e307,
+    "tiny": ROWS * 1e-310,
+    "two patches": ROWS[:2],
+    "more columns than patches": OTHER.normal(size=(4, 50)).astype(np.float16),
+}
+
+
+@pytest.mark.parametrize("features", KINDS.values(), ids=KINDS)
+def test_features_of_every_kind_are_drawn_and_what_is_not_finite_is_left_out_and_said(
+    features: NDArray[Any], store_of: Callable[[NDArray[Any]], dfx.Features], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    written = lambda text, *how, **more: titles.append(text) or caption(text, *how, **more)  # noqa: E731
+    for module in ("dfx.pictures", "dfx.pictures.canvas"):
+        monkeypatch.setattr(f"{module}.caption", written)
+    store, finite = store_of(features), np.isfinite(features).all(axis=1)
+    boxes, plain = store.to_baseline(), panel(store.plot(), 0)
+    pale = ((plain.astype(np.uint16) + 510) // 3).astype(np.uint8)
+    values = OTHER.normal(size=len(features))
+    values[~finite] = np.inf
+    for draw in (
+        store.plot,
+        lambda: store.plot("cluster:2"),
+        lambda: store.plot("similarity:0"),
+        lambda: store.plot(values),
+        lambda: store.contact_sheet(2),
+    ):
+        titles.clear()
+        picture = draw()
+        missing = f"{(~finite).sum()} of {len(features)} patches left out"
+        assert any(missing in title for title in titles) == bool((~finite).any())
+        if picture.size[1] > SIDE and picture.size[0] > 2 * SIDE:
+            colours = panel(picture, 2 if draw == store.plot else 1)
+            drawn = [colour_at(colours, box) != colour_at(pale, box) for box in boxes[5:]]
+            assert drawn == finite[5:].tolist()  # a frame is around the patch that others are compared with
+
+
+def test_the_same_finite_rows_have_the_same_colours_whatever_is_beside_them() -> None:
+    finite = np.isfinite(WITH_NAN).all(axis=1)
+    assert np.array_equal(principal_colours(WITH_NAN)[finite], principal_colours(ROWS[finite]))
+    assert np.array_equal(principal_colours(ROWS * 2.0**900), principal_colours(ROWS))
+    assert np.array_equal(clusters(WITH_NAN, 3)[0][finite], clusters(ROWS[finite], 3)[0])
+    assert (clusters(WITH_NAN, 3)[0][~finite] == -1).all()
+    assert np.array_equal(similarity(WITH_NAN, 0)[finite], similarity(ROWS[finite], 0))
+    assert not principal_colours(np.full((9, 3), 0.1)).any()  # no picture of rounding
+
+
+@pytest.mark.parametrize(
+    ("features", "asked", "said"),
+    [
+        (np.full((4, 3), np.nan), None, "all 4 patches have features that are NaN or infinite"),
+        (np.full((4, 3), np.inf), "cluster:2", "all 4 patches have features that are NaN or infinite"),
+        (WITH_NAN, "similarity:4", "patch 4 has features that are NaN or infinite: choose another, such as 0"),
+        (WITH_NAN[3:6], "cluster:3", "2 to 2 clusters"),
+        (ROWS[:1], "cluster:2", "at least 2 with finite features, not 1"),
+        (ROWS[:0], "cluster:2", "at least 2 with finite features, not 0"),
+        (ROWS[:0], "similarity:0", "there is no patch 0: the slide has none"),
+        (ROWS, np.full(36, np.nan), "all 36 values are NaN or infinite"),
+    ],
+    ids=["nan", "infinite", "chosen", "too few", "one", "none", "no row", "values"],
+)
+def test_what_can_not_be_drawn_is_an_error_in_words(
+    features: NDArray[Any], asked: Any, said: str, store_of: Callable[[NDArray[Any]], dfx.Features]
+) -> None:
+    store = store_of(features)
+    with pytest.raises(dfx.CallError, match=said):
+        store.plot(asked)
+    if isinstance(asked, str) and asked.startswith("cluster"):
+        with pytest.raises(dfx.CallError, match=said):
+            store.contact_sheet(int(asked[-1]))
+
+
+def test_a_store_of_no_patch_or_one_has_a_picture(store_of: Callable[[NDArray[Any]], dfx.Features]) -> None:
+    assert store_of(ROWS[:0]).plot().size[0] > 3 * SIDE
+    for dtype in ("f8", "i8", "?"):
+        assert store_of(ROWS[:0]).plot(np.zeros(0, dtype)).size[0] > 2 * SIDE
+    assert store_of(ROWS[:1]).plot().size[0] > 3 * SIDE
+    assert store_of(ROWS[:1]).plot("similarity:0").size[0] > 2 * SIDE
+
+
+def test_k_means_does_not_depend_on_threads() -> None:
+    import cv2
+
+    rows, threads = RNG.normal(size=(5000, 16)).astype(np.float32), cv2.getNumThreads()
+    try:
+        found = []
+        for n in (1, 2, 4):
+            cv2.setNumThreads(n)
+            found.append(clusters(rows, 7)[0])
+    finally:
+        cv2.setNumThreads(threads)
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])

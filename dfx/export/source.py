@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,16 +125,27 @@ class Source:
             part = array[start : start + ROWS].compute(scheduler="synchronous")
             with np.errstate(over="ignore"):
                 cast = part.astype(dtype or part.dtype, copy=False)
-            if np.isinf(cast).any() and np.isfinite(part).all():
+            if (np.isinf(cast) & np.isfinite(part)).any():
                 raise StoreError(f"{self.path} has features that are beyond {np.dtype(dtype)}, which the format has.")
             yield slice(start, start + len(part)), cast
 
     def pooled(self, features: Features) -> NDArray[np.float32]:
-        """Mean or maximum of an encoder's features over all patches, float32 (D,)."""
-        found = np.full(features.features.shape[1], 0 if self.pool == "mean" else -np.inf)
-        for _, rows in self.rows(features, np.float64):
-            found = found + rows.sum(axis=0) if self.pool == "mean" else np.maximum(found, rows.max(axis=0))
-        return (found / len(self) if self.pool == "mean" else found).astype(np.float32)
+        """Mean or maximum of an encoder's features over the patches whose features are finite, float32 (D,).
+
+        Warns of others; raises `StoreError` where there are only such.
+        """
+        mean = self.pool == "mean"
+        found, count = np.full(features.features.shape[1], 0 if mean else -np.inf), 0
+        for _, part in self.rows(features, np.float64):
+            finite = part[np.isfinite(part).all(axis=1)]
+            count += len(finite)
+            found = found + finite.sum(axis=0) if mean else np.maximum(found, finite.max(axis=0, initial=-np.inf))
+        if count < len(self):
+            bad = f"{len(self) - count} of {len(self)} patches of {self.path} have features that are NaN or infinite"
+            if not count:
+                raise StoreError(f"{bad}, so the slide has no {self.pool}: extract them again, or leave pool out.")
+            warnings.warn(f"{bad}: the slide's {self.pool} is that of the others.", UserWarning, stacklevel=2)
+        return (found / count if mean else found).astype(np.float32)
 
 
 def whole(value: float) -> float:

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from dfx.pictures.canvas import GAP, Colour, Picture, below, beside, caption, colour_bar, legend, panels, write_png
 from dfx.pictures.scene import Scene
-from dfx.pictures.values import Values, clusters, principal_colours, similarity, values_of
+from dfx.pictures.values import (
+    Values,
+    clusters,
+    finite_rows,
+    left_out,
+    principal_colours,
+    similarity,
+    values_of,
+)
 from dfx.reader import read_patches
 from dfx.resolution import View
 from dfx.slides import Slide
@@ -45,7 +53,10 @@ THUMB = 112
 
 def overview(scene: Scene, features: NDArray[np.floating], titles: Sequence[str]) -> Picture:
     """Draw side by side: the slide with the outline of its tissue, its patch grid, its patches in their PCA colours."""
-    return panels([scene.outlined(), scene.gridded(), scene.coloured(principal_colours(features))], titles)
+    drawn = finite_rows(features)
+    coloured = scene.coloured(principal_colours(features), drawn)
+    *others, last = titles
+    return panels([scene.outlined(), scene.gridded(), coloured], [*others, last + left_out(drawn)])
 
 
 def value_map(scene: Scene, values: Values, title: str) -> Picture:
@@ -53,43 +64,48 @@ def value_map(scene: Scene, values: Values, title: str) -> Picture:
 
     The scale goes from the 2nd to the 98th percentile where there is something beyond them.
     """
+    drawn = values.drawn
+    colours = np.zeros((len(drawn), 3), np.uint8)
     if values.values.dtype.kind == "f":
-        colours, drawn, scale = measured(values.values.astype(np.float64), scene.thumbnail.shape[0])
+        colours[drawn], scale = measured(values.values[drawn].astype(np.float64), scene.thumbnail.shape[0])
     else:
-        colours, drawn, scale = labelled(values.values)
+        colours[drawn], scale = labelled(values.values[drawn])
     right = scene.coloured(colours, drawn)
     if values.chosen is not None:
         right = scene.marked(right, values.chosen)
-    left = panels([scene.outlined(), right], [title, values.title])
+    left = panels([scene.outlined(), right], [title, values.title + left_out(drawn)])
     top = np.full((max(0, left.shape[0] - scene.thumbnail.shape[0]), scale.shape[1], 3), 255, np.uint8)
     return beside([left, below([top, scale])])
 
 
-def measured(values: NDArray[np.float64], height: int) -> tuple[Picture, NDArray[np.bool_], Picture]:
-    """Colours (N, 3) of a measure (viridis), which are finite, and their colour bar."""
-    finite = np.isfinite(values)
-    known = values[finite] if finite.any() else np.zeros(1)
+def measured(values: NDArray[np.float64], height: int) -> tuple[Picture, Picture]:
+    """Colours (N, 3) of a finite measure (viridis), and their colour bar."""
+    known = values if len(values) else np.zeros(1)
+    exponent = np.frexp(np.abs(known).max())[1]
+    known = np.ldexp(known, -exponent)  # the difference of two very large numbers is infinite
     low, high = np.percentile(known, [2, 98])
     if low == high:
         low, high = known.min(), known.max()
-    share = np.clip((np.where(finite, values, low) - low) / (high - low if high > low else 1), 0, 1)
-    ticks = [f"{tick:.3g}" for tick in np.linspace(low, high, TICKS)]
+    share = np.clip((np.ldexp(values, -exponent) - low) / (high - low if high > low else 1), 0, 1)
+    ticks = [f"{tick:.3g}" for tick in np.ldexp(np.linspace(low, high, TICKS), exponent)]
     ticks[0] = f"≤ {ticks[0]}" if known.min() < low else ticks[0]
     ticks[-1] = f"≥ {ticks[-1]}" if known.max() > high else ticks[-1]
-    return viridis(share), finite, colour_bar(viridis(np.linspace(0, 1, 256))[:, None], ticks, height)
+    return viridis(share), colour_bar(viridis(np.linspace(0, 1, 256))[:, None], ticks, height)
 
 
 def viridis(share: NDArray[np.float64]) -> Picture:
     """Colours (N, 3) of numbers from 0 to 1."""
     grey = np.rint(share * 255).astype(np.uint8)[:, None]
+    if not len(grey):  # OpenCV takes no empty picture
+        return np.zeros((0, 3), np.uint8)
     return np.asarray(cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)[:, 0, ::-1], np.uint8)
 
 
-def labelled(values: NDArray[np.integer]) -> tuple[Picture, NDArray[np.bool_], Picture]:
+def labelled(values: NDArray[np.integer]) -> tuple[Picture, Picture]:
     """Colours (N, 3) of labels, and their legend."""
     names, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     said = [f"{name}: {n} patches" for name, n in zip(names.tolist(), counts.tolist(), strict=True)]
-    return np.array(KELLY, np.uint8)[index], np.ones(len(values), bool), legend(said, KELLY[: len(names)])
+    return np.array(KELLY, np.uint8)[index], legend(said or ["no patches"], KELLY[: max(1, len(names))])
 
 
 def contact_sheet(
@@ -110,6 +126,7 @@ def contact_sheet(
     labels, distances = clusters(features, k)
     factor = THUMB / max(shape_yx)
     size = max(1, round(shape_yx[1] * factor)), max(1, round(shape_yx[0] * factor))
+    title += left_out(labels >= 0)
     rows = []
     for cluster in range(k):
         members = np.flatnonzero(labels == cluster)

@@ -1,4 +1,4 @@
-"""One value or colour a patch, from its features."""
+"""One value or colour per patch, from its features."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -19,96 +20,143 @@ SAMPLE = 20_000
 """Rows that centres are found from, evenly spaced among all."""
 ROUNDS = 50
 """Of k-means, at most."""
+ATTEMPTS = 3
+"""Of k-means, of which the best counts."""
+NOISE = 1e-9
+"""Of the largest feature: a component that spreads less shows the rounding of a constant."""
 MOST_CLUSTERS = 20
 """As many as there are colours that can be told apart."""
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """One value a patch, to be drawn."""
+    """One value per patch, to be drawn."""
 
     title: str
     """What they are."""
     values: NDArray[Any]
-    """(N,): integers are labels, floats a measure (NaN: none)."""
+    """(N,): integers are labels, floats a measure."""
+    drawn: NDArray[np.bool_]
+    """(N,): which patches have one."""
     chosen: int | None = None
     """The patch that others are compared with."""
 
 
+def finite_rows(features: NDArray[Any]) -> NDArray[np.bool_]:
+    """Find the rows of features (N, D) without NaN and infinity: bool (N,).
+
+    Raises `CallError` where there are rows and all of them have some.
+    """
+    parts = [np.isfinite(features[n : n + CHUNK]).all(axis=1) for n in range(0, len(features), CHUNK)]
+    found = np.concatenate([np.zeros(0, bool), *parts])
+    if len(found) and not found.any():
+        raise CallError(
+            f"all {len(found)} patches have features that are NaN or infinite, so nothing can be drawn: extract them "
+            "again with an encoder whose numbers do not overflow (another precision)."
+        )
+    return found
+
+
+def left_out(drawn: NDArray[np.bool_]) -> str:
+    """Say how many patches are not drawn, for the end of a title."""
+    count = int((~drawn).sum())
+    return f"; {count} of {len(drawn)} patches left out: NaN or infinite" if count else ""
+
+
 def chunks(features: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
-    """Give features a few rows at a time, in float64."""
-    return (features[start : start + CHUNK].astype(np.float64) for start in range(0, len(features), CHUNK))
+    """Give finite features a few rows at a time, in float64 and scaled by a power of 2 to at most 1."""
+    exponent = -np.frexp(float(np.abs(features).max(initial=0)))[1]
+    return (
+        np.ldexp(features[start : start + CHUNK].astype(np.float64), exponent)
+        for start in range(0, len(features), CHUNK)
+    )
 
 
 def principal_colours(features: NDArray[Any]) -> Picture:
     """First three principal components of features (N, D) as uint8 colours (N, 3).
 
     Each component is stretched from its 2nd to its 98th percentile, and signed so that its largest
-    loading is positive: the same features give the same colours.
+    loading is positive: the same features give the same colours. Rows with NaN or infinity are left out, and black.
+    Raises `CallError` where all have some.
     """
+    finite = finite_rows(features)
+    out = np.zeros((len(features), 3), np.uint8)
+    features = features if finite.all() else features[finite]
     n, dim = features.shape
     if not n:
-        return np.zeros((0, 3), np.uint8)
+        return out
     mean = sum(part.sum(axis=0) for part in chunks(features)) / n
     if dim <= n:
         scatter = sum(((part - mean).T @ (part - mean) for part in chunks(features)), np.zeros((dim, dim)))
         _, _, axes = np.linalg.svd(scatter)
     else:
-        _, _, axes = np.linalg.svd(features.astype(np.float64) - mean, full_matrices=False)
+        _, _, axes = np.linalg.svd(np.concatenate(list(chunks(features))) - mean, full_matrices=False)
     axes = axes[:3]
     axes = axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]
     scores = np.zeros((n, 3))
     scores[:, : len(axes)] = np.concatenate([(part - mean) @ axes.T for part in chunks(features)])
     low, high = np.percentile(scores, [2, 98], axis=0)
-    spread = np.where(high > low, high - low, 1)
-    return np.asarray(np.clip((scores - low) / spread, 0, 1) * 255).round().astype(np.uint8)
+    spread = np.where(high - low > NOISE, high - low, np.inf)
+    out[finite] = (np.clip((scores - low) / spread, 0, 1) * 255).round()
+    return out
 
 
 def unit(features: NDArray[Any]) -> NDArray[np.float32]:
-    """Scale rows to length 1; rows of zeros stay."""
-    out = features.astype(np.float32)
-    lengths = np.sqrt(np.einsum("nd,nd->n", out, out, dtype=np.float64))
-    out /= np.where(lengths > 0, lengths, 1)[:, None]
+    """Scale finite rows to length 1; rows of zeros stay."""
+    out = np.empty(features.shape, np.float32)
+    for start in range(0, len(features), CHUNK):
+        part = features[start : start + CHUNK].astype(np.float64)
+        part = np.ldexp(part, -np.frexp(np.abs(part).max(axis=1, initial=0))[1][:, None])
+        lengths = np.linalg.norm(part, axis=1)
+        out[start : start + CHUNK] = part / np.where(lengths > 0, lengths, 1)[:, None]
     return out
 
 
 def similarity(features: NDArray[Any], row: int) -> NDArray[np.float32]:
-    """Cosine similarity of each row of features (N, D) to one of them: float32 (N,), from -1 to 1."""
+    """Cosine similarity of each row of features (N, D) to one of them: float32 (N,), from -1 to 1.
+
+    Rows with NaN or infinity have NaN. Raises `CallError` where the chosen row has some, or is not there.
+    """
     if not 0 <= row < len(features):
-        raise CallError(f"there is no patch {row}: rows go from 0 to {len(features) - 1}.")
-    rows = unit(features)
-    return np.asarray(rows @ rows[row], np.float32)
+        rows = f"rows go from 0 to {len(features) - 1}" if len(features) else "the slide has none"
+        raise CallError(f"there is no patch {row}: {rows}.")
+    finite = finite_rows(features)
+    if not finite[row]:
+        other = finite.argmax()
+        raise CallError(f"patch {row} has features that are NaN or infinite: choose another, such as {other}.")
+    found = np.full(len(features), np.nan, np.float32)
+    found[finite] = unit(features[finite]) @ unit(features[row : row + 1])[0]
+    return found
 
 
 def clusters(features: NDArray[Any], k: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     """Group rows of features (N, D), scaled to length 1, by k-means: labels (N,), distances to their centres (N,).
 
     k-means++ (doi:10.5555/1283383.1283494) from a fixed seed, then Lloyd's rounds: the same features give the same
-    groups. Label 0 is the largest group.
+    groups. Label 0 is the largest group. Rows with NaN or infinity have the label -1 and the distance NaN.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= min(MOST_CLUSTERS, len(features)):
-        raise CallError(f"patches go into 2 to {min(MOST_CLUSTERS, len(features))} clusters, not {k!r}.")
-    rows = unit(features)
+    finite = finite_rows(features)
+    most = min(MOST_CLUSTERS, int(finite.sum()))
+    if most < 2:
+        raise CallError(f"patches are grouped where there are at least 2 with finite features, not {most}.")
+    if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= most:
+        raise CallError(f"patches go into 2 to {most} clusters, not {k!r}.")
+    rows = unit(features[finite])
     sample = rows[np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows))).round().astype(int)]
-    rng = np.random.default_rng(0)
-    centres = sample[[rng.integers(len(sample))]]
-    while len(centres) < k:
-        far = nearest(sample, centres)[1].astype(np.float64) ** 2
-        weights = far / far.sum() if far.sum() > 0 else None  # all are alike
-        centres = np.concatenate([centres, sample[[rng.choice(len(sample), p=weights)]]])
-    labels = np.full(len(sample), -1)
-    for _ in range(ROUNDS):
-        before, labels = labels, nearest(sample, centres)[0]
-        if np.array_equal(before, labels):
-            break
-        centres = np.stack([sample[labels == i].mean(axis=0) if (labels == i).any() else centres[i] for i in range(k)])
-    labels, distances = nearest(rows, centres)
+    cv2.setRNGSeed(0)
+    stop = cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, ROUNDS, 0
+    _, _, centres = cv2.kmeans(sample, k, np.empty(0, np.int32), stop, ATTEMPTS, cv2.KMEANS_PP_CENTERS)
+    nearest, lengths = nearest_centre(rows, np.asarray(centres, np.float32))
     rank = np.empty(k, np.intp)
-    rank[np.argsort(-np.bincount(labels, minlength=k), kind="stable")] = np.arange(k)
-    return rank[labels], distances
+    rank[np.argsort(-np.bincount(nearest, minlength=k), kind="stable")] = np.arange(k)
+    labels, distances = np.full(len(features), -1, np.intp), np.full(len(features), np.nan, np.float32)
+    labels[finite], distances[finite] = rank[nearest], lengths
+    return labels, distances
 
 
-def nearest(rows: NDArray[np.float32], centres: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+def nearest_centre(
+    rows: NDArray[np.float32], centres: NDArray[np.float32]
+) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
     """Which centre is nearest to each row, and how far it is."""
     squares = (centres * centres).sum(axis=1) - 2 * (rows @ centres.T)
     labels = squares.argmin(axis=1)
@@ -126,8 +174,10 @@ def values_of(asked: object, features: NDArray[Any]) -> Values:
         if not number.isascii() or not number.isdigit():
             raise CallError(f"{asked!r} has no number: use similarity:ROW or cluster:K.")
         if kind == "similarity":
-            return Values(f"cosine similarity to patch {number}", similarity(features, int(number)), int(number))
-        return Values(f"{number} clusters (k-means)", clusters(features, int(number))[0])
+            found = similarity(features, int(number))
+            return Values(f"cosine similarity to patch {number}", found, np.isfinite(found), int(number))
+        labels = clusters(features, int(number))[0]
+        return Values(f"{number} clusters (k-means)", labels, labels >= 0)
     title = "values"
     if isinstance(asked, str | Path):
         path = Path(asked)
@@ -144,5 +194,8 @@ def values_of(asked: object, features: NDArray[Any]) -> Values:
         raise CallError(
             f"values must be {len(features)} numbers, one a patch, not {asked.dtype} of shape {asked.shape}."
         )
+    drawn = np.isfinite(asked)
+    if len(asked) and not drawn.any():
+        raise CallError(f"all {len(asked)} values are NaN or infinite, so nothing can be drawn.")
     many = asked.dtype.kind != "f" and len(np.unique(asked)) > MOST_CLUSTERS  # too many for labels
-    return Values(title, asked.astype(np.float64) if many else asked)
+    return Values(title, asked.astype(np.float64) if many else asked, drawn)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def plot(store: Features, values: Any, slide: Slide | None, max_size: int) -> pi
     tissue = "" if store.mask is None else f", tissue by {store.mask.method}"
     title = f"{Path(slide.url).name}  {slide.dimensions[0]} x {slide.dimensions[1]}{tissue}"
     if found is not None:
-        named = pictures.Values(f"{encoder_title(store)}: {found.title}", found.values, found.chosen)
+        named = replace(found, title=f"{encoder_title(store)}: {found.title}")
         return pictures.value_map(scene, named, title)
     patches = store.attrs["patches"]
     rows, columns = patches["shape"]
