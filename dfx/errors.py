@@ -26,6 +26,10 @@ class FormatError(SlideError):
     """A slide of a kind that dfx does not read itself and OpenSlide may."""
 
 
+class UnknownFormatError(FormatError):
+    """A file of a kind that dfx does not know, or can't place; OpenSlide may know it, and is asked."""
+
+
 class TileError(SlideError):
     """A tile whose bytes are damaged; `on_bad_tile="fill"` goes on without it."""
 

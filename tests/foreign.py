@@ -1,12 +1,14 @@
-"""Small slides in formats that are no TIFF, written by their own rules: MIRAX, DICOM and Hamamatsu VMS."""
+"""Small slides in formats that are no TIFF, written by their own rules: MIRAX, DICOM, Hamamatsu VMS and CZI."""
 
 from __future__ import annotations
 
 import struct
+import uuid
 from collections.abc import Collection
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -123,4 +125,56 @@ def write_vms(path: Path, picture: Picture) -> Path:
         f"ImageFile={path.stem}-image.jpg\nMapFile={path.stem}-map.jpg\n"
         f"PhysicalWidth={250 * picture.shape[1]}\nPhysicalHeight={250 * picture.shape[0]}\n"
     )
+    return path
+
+
+def write_czi(path: Path, picture: Picture, compression: str = "none") -> Path:
+    """Two levels of subblocks in one file, 0.25 mpp, 40x; compressed by "none", "zstd0" or "zstd1"."""
+
+    def segment(name: str, content: bytes) -> bytes:
+        size = -(-len(content) // 32) * 32
+        return struct.pack("<16sqq", name.encode(), size, len(content)) + content.ljust(size, b"\0")
+
+    def encode(tile: Picture) -> bytes:
+        raw = tile[..., ::-1].tobytes()
+        if compression == "none":
+            return raw
+        return (b"\3\1\0" if compression == "zstd1" else b"") + bytes(imagecodecs.zstd_encode(raw))
+
+    number = {"none": 0, "zstd0": 5, "zstd1": 6}[compression]
+    height, width = picture.shape[:2]
+    file, entries = bytearray(32 + 512), []
+    for n, level in enumerate([picture, halved(picture)]):
+        for r, c, tile in tiles(level):
+            places = {"X": (c * TILE, width), "Y": (r * TILE, height), "C": (0, 1), "M": (len(entries), 1)}
+            entry = struct.pack("<2siqiib5xi", b"DV", 3, len(file), 0, number, min(n, 1) * 2, len(places))  # BGR24
+            for axis, (start, _) in places.items():
+                size = TILE if axis in "XY" else 1
+                scale = 2**n if axis in "XY" else 1
+                entry += struct.pack("<4siifi", axis.encode(), start * scale, size * scale, 0, size)
+            data = encode(tile)
+            content = struct.pack("<iiq", 0, 0, len(data)) + entry
+            file += segment("ZISRAWSUBBLOCK", content.ljust(256, b"\0") + data)
+            entries.append(entry)
+    places_in_file = []
+    objective = "<Objective Id='Objective:1'><NominalMagnification>40</NominalMagnification></Objective>"
+    distances = "".join(f"<Distance Id='{axis}'><Value>2.5e-07</Value></Distance>" for axis in "XY")
+    xml = (
+        f"<ImageDocument><Metadata><Information><Image><SizeX>{width}</SizeX><SizeY>{height}</SizeY>"
+        "<ObjectiveSettings><ObjectiveRef Id='Objective:1'/></ObjectiveSettings></Image>"
+        f"<Instrument><Objectives>{objective}</Objectives></Instrument></Information>"
+        f"<Scaling><Items>{distances}</Items></Scaling></Metadata></ImageDocument>"
+    ).encode()
+    for name, content in (
+        ("ZISRAWDIRECTORY", struct.pack("<i124x", len(entries)) + b"".join(entries)),
+        ("ZISRAWMETADATA", struct.pack("<ii248x", len(xml), 0) + xml),
+        ("ZISRAWATTDIR", struct.pack("<i252x", 0)),
+    ):
+        places_in_file.append(len(file))
+        file += segment(name, content)
+    directory, metadata, attachments = places_in_file
+    name = uuid.uuid5(uuid.NAMESPACE_OID, f"{picture.shape}").bytes
+    header = struct.pack("<iiii16s16siqqiq", 1, 0, 0, 0, name, name, 0, directory, metadata, 0, attachments)
+    file[: 32 + 512] = segment("ZISRAWFILE", header.ljust(512, b"\0"))
+    path.write_bytes(file)
     return path

@@ -14,8 +14,9 @@ import distributed
 import numpy as np
 import openslide
 import pytest
+import tifffile
 from conftest import DATA, WSI, shared
-from foreign import TILE, halved, write_dicom, write_mirax, write_vms
+from foreign import TILE, halved, write_czi, write_dicom, write_mirax, write_vms
 from numpy.typing import NDArray
 
 import dfx
@@ -41,12 +42,14 @@ def picture() -> Picture:
     return np.where(inside, drawn, 245).astype(np.uint8)
 
 
-@pytest.fixture(scope="module", params=["mirax", "dicom", "vms"])
+@pytest.fixture(scope="module", params=["mirax", "dicom", "vms", "none", "zstd0", "zstd1"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, picture: Picture) -> Path:
     """A slide of 1024 x 768 pixels, 0.25 mpp, 40x."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "mirax":
         return write_mirax(folder / "slide.mrxs", picture)
+    if request.param in ("none", "zstd0", "zstd1"):
+        return write_czi(folder / "slide.czi", picture, request.param)
     return write_dicom(folder, picture) if request.param == "dicom" else write_vms(folder / "slide.vms", picture)
 
 
@@ -75,7 +78,7 @@ def allowed(path: Path) -> int:
 
 def test_facts_of_a_slide_that_is_no_tiff(made: Path) -> None:
     slide = dfx.open_slide(made)
-    assert slide.vendor == {".mrxs": "mirax", ".dcm": "dicom", ".vms": "hamamatsu"}[made.suffix]
+    assert slide.vendor == {".mrxs": "mirax", ".dcm": "dicom", ".vms": "hamamatsu", ".czi": "zeiss"}[made.suffix]
     assert slide.backend == BACKEND
     assert slide.dimensions == (1024, 768)
     assert [level.downsample for level in slide.levels][:2] == [1, 2]
@@ -193,6 +196,86 @@ def test_a_mirax_slide_needs_nothing_of_the_file_that_names_it(mirax: Path, pict
     assert np.array_equal(whole(dfx.open_slide(mirax)), picture)
 
 
+def test_a_compression_that_openslide_does_not_read_is_told_from_damage(tmp_path: Path, picture: Picture) -> None:
+    path = write_czi(tmp_path / "slide.czi", picture)
+    data = bytearray(path.read_bytes())
+    at = -1
+    while (at := data.find(b"DV\3\0\0\0", at + 1)) >= 0:
+        data[at + 18] = 1  # JPEG
+    path.write_bytes(data)
+    with pytest.raises(SlideError, match=r"JPEG compression is not supported.*Convert it to OME-TIFF"):
+        dfx.open_slide(path)
+
+
+def write_argos(path: Path, planes: list[Picture]) -> Path:
+    """An Argos AVS: focal planes, a pyramid each, in one TIFF."""
+    levels = f"<MinZ>0</MinZ><MaxZ>{len(planes) - 1}</MaxZ>"
+    xml = f"<Argos.Scan.Metadata>{levels}<ObjectiveMagnification>20</ObjectiveMagnification></Argos.Scan.Metadata>"
+    with tifffile.TiffWriter(path) as out:
+        for plane in planes:
+            for level in (plane, halved(plane)):
+                out.write(
+                    level,
+                    tile=(TILE, TILE),
+                    photometric="rgb",
+                    metadata=None,
+                    extratags=[(65000, 2, len(xml) + 1, xml, True)],
+                )
+    return path
+
+
+def test_openslide_is_asked_about_files_that_dfx_can_not_place(
+    tmp_path: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planes = [255 - picture, picture, 255 - picture]
+    argos = write_argos(tmp_path / "slide.avs", planes)
+    slide = dfx.open_slide(argos)
+    assert (slide.vendor, slide.power, slide.backend) == ("argos", 20, BACKEND)
+    assert np.array_equal(whole(slide), picture)
+    monkeypatch.setattr("dfx.slides.installed", lambda: False)
+    with pytest.raises(SlideError, match="3 images of 1024 x 768"):
+        dfx.open_slide(argos)
+
+
+def test_openslide_decides_by_itself_what_it_recognises(
+    tmp_path: Path, mirax: Path, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file whose kind dfx has never heard of."""
+    path = tmp_path / "slide.new"
+    path.write_bytes(b"a format of the future" * 100)
+    with pytest.raises(SlideError, match=r"no TIFF file: .*dfx\[openslide\] is installed; convert"):
+        dfx.open_slide(path)
+    real, asked = openslide.OpenSlide, []
+
+    class Stand(real):  # type: ignore[misc, valid-type]
+        def __init__(self, file: Any) -> None:
+            super().__init__(mirax if Path(file) == path else file)
+
+        @classmethod
+        def detect_format(cls, file: Any) -> str | None:
+            asked.append(Path(file))
+            return "future" if Path(file) == path else real.detect_format(file)
+
+    monkeypatch.setattr(openslide, "OpenSlide", Stand)
+    slide = dfx.open_slide(path)
+    assert (slide.vendor, slide.backend) == ("future", BACKEND)
+    assert np.array_equal(whole(slide), picture)
+    asked.clear()
+    dfx.open_slide(tifffile_slide(tmp_path / "plain.tif", picture))
+    cut = tmp_path / "cut.tif"
+    cut.write_bytes((tmp_path / "plain.tif").read_bytes()[:5000])
+    with pytest.raises(SlideError):
+        dfx.open_slide(cut)
+    assert not asked  # a TIFF is dfx's own, whole or damaged
+    with pytest.raises(SlideError, match="no TIFF file"):
+        dfx.open_slide(path, backend="tiff")
+
+
+def tifffile_slide(path: Path, picture: Picture) -> Path:
+    tifffile.imwrite(path, picture, tile=(TILE, TILE), photometric="rgb", metadata=None)
+    return path
+
+
 @pytest.mark.parametrize("gone", ["Data0000.dat", "Data0001.dat", "Index.dat", "Slidedat.ini", "."])
 def test_a_slide_of_which_a_file_is_missing_is_refused(gone: str, mirax: Path) -> None:
     path = mirax.with_suffix("") / gone
@@ -256,7 +339,9 @@ def test_identity_names_the_content_of_all_files(made: Path, tmp_path: Path) -> 
     path = copy / ("renamed.dcm" if made.suffix == ".dcm" else made.name)
     first = dfx.open_slide(path)
     assert first.identity == dfx.open_slide(made).identity
-    part = {".mrxs": "slide/Data0000.dat", ".dcm": "first.dcm", ".vms": "slide-image.jpg"}[made.suffix]
+    part = {".mrxs": "slide/Data0000.dat", ".dcm": "first.dcm", ".vms": "slide-image.jpg", ".czi": "slide.czi"}[
+        made.suffix
+    ]
     with (copy / part).open("r+b") as file:
         file.seek(-40, 2)
         byte = file.read(1)

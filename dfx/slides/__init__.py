@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from dfx.errors import CallError, CallTypeError, FormatError, SlideError
+from dfx.errors import CallError, CallTypeError, FormatError, SlideError, UnknownFormatError
 from dfx.resolution import one, pair
 from dfx.slides.identity import is_same
 from dfx.slides.level import Level
-from dfx.slides.openslide import installed, open_openslide
+from dfx.slides.openslide import installed, open_openslide, recognises
 from dfx.slides.slide import Slide
 from dfx.slides.tiff import open_tiff
 
@@ -32,8 +32,10 @@ def open_slide(
     of fsspec's file system, or a mapping of protocols ("s3") or URL prefixes ("s3://bucket/in") to such.
 
     `backend`: "auto" has dfx read the TIFF family, and OpenSlide, where it is installed, the kinds of file that
-    dfx does not: DICOM, MIRAX, VMS, Sakura, and Ventana BIF and Trestle, whose tiles have to be stitched. A file
-    that is damaged never goes from one to the other. `slide.backend` says which it was.
+    dfx does not: DICOM, MIRAX, VMS, Sakura, Zeiss CZI, Ventana BIF and Trestle, whose tiles have to be stitched, and
+    all other local files whose vendor OpenSlide recognises while dfx does not know their kind, or can't say which of
+    several images is the slide. A TIFF that is damaged never goes from dfx to OpenSlide. `slide.backend` says which
+    it was.
     """
     if not isinstance(url, str | Path):
         raise CallTypeError(f"a slide is given by its path (str or Path), not by {type(url).__name__}.")
@@ -46,7 +48,9 @@ def open_slide(
     if backend != "openslide":
         try:
             return open_tiff(str(url), mpp=mpp_xy, power=objective, storage_options=storage_options)
-        except FormatError:
+        except FormatError as e:
             if backend == "tiff" or not installed():
+                raise
+            if isinstance(e, UnknownFormatError) and not recognises(str(url), storage_options):
                 raise
     return open_openslide(str(url), mpp=mpp_xy, power=objective, storage_options=storage_options)

@@ -42,6 +42,18 @@ def installed() -> bool:
     return importlib.util.find_spec("openslide") is not None
 
 
+def recognises(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
+    """Whether OpenSlide is there and knows the vendor of a file; it reads local files only."""
+    source = open_source(url, storage_options)
+    if not isinstance(source, LocalFile):
+        return False
+    try:
+        import openslide
+    except (ImportError, OSError):  # the binding, or its library
+        return False
+    return openslide.OpenSlide.detect_format(Path(source.url)) not in (None, UNSURE)
+
+
 def open_openslide(
     url: str,
     *,
@@ -73,8 +85,8 @@ def open_openslide(
         identity = content(path, vendor, properties)
     except (library.OpenSlideError, OSError) as e:
         raise SlideError(
-            f"{path} can't be read by OpenSlide {version} ({e}): it is damaged, or files that belong to it "
-            "are missing; copy all of it again."
+            f"{path} can't be read by OpenSlide {version} ({e}): it is damaged, or files that belong to it are "
+            "missing; copy all of it again. Convert it to OME-TIFF if this version does not support it."
         ) from e
     said = (vendors.number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
     said_power = vendors.positive(vendors.number(properties.get("openslide.objective-power")))

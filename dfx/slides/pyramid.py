@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dfx.errors import SlideError
+from dfx.errors import SlideError, UnknownFormatError
 from dfx.slides import vendors
 from dfx.slides.decode import colour_of, decoder, is_palette, joiner
 from dfx.slides.jpeg import JpegTiles
@@ -30,7 +30,7 @@ def pyramid(tif: Any, depth_from_pages: bool = False) -> tuple[list[Level], tupl
     pages = [first, *tif.pages[1:], *(first.pages or ())]
     same_size = [p for p in pages if is_level(p, first) and p.imagewidth == first.imagewidth]
     if len(same_size) > 1 and not depth_from_pages:
-        raise SlideError(
+        raise UnknownFormatError(
             f"it holds {len(same_size)} images of {first.imagewidth} x {first.imagelength} pixels, "
             "and nothing says which is the slide: save the wanted one as a file of its own"
         )

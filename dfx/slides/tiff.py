@@ -14,7 +14,7 @@ from typing import Any
 
 import tifffile
 
-from dfx.errors import DfxError, FormatError, SlideError
+from dfx.errors import DfxError, FormatError, SlideError, UnknownFormatError
 from dfx.slides import vendors
 from dfx.slides.identity import identity
 from dfx.slides.level import Level, StoredTiles
@@ -32,6 +32,7 @@ OPENSLIDES = {
     b"[Virtual Microscope Specimen]": "a Hamamatsu VMS slide",
     b"[Uncompressed Virtual Microscope Specimen]": "a Hamamatsu VMU slide",
     b"SQLite format 3\0": "an SQLite file, as Sakura's slides are",
+    b"ZISRAWFILE": "a Zeiss CZI file",
 }
 """How files begin that are no TIFF, and that OpenSlide reads."""
 
@@ -56,7 +57,8 @@ def open_tiff(
 ) -> Slide:
     """Open a slide; `mpp` and `power` go before what the file says.
 
-    Raises `FormatError` for a kind of file that is OpenSlide's to read, `SlideError` for any other that can't be.
+    Raises `FormatError` for a kind of file that is OpenSlide's to read or that dfx does not know, `SlideError` for
+    any other that can't be read.
     """
     source = open_source(url, storage_options)
     refuse_other_formats(source)
@@ -68,7 +70,7 @@ def open_tiff(
             facts = parse(tif, source)
     except DfxError as e:
         message = str(e)
-        kind = FormatError if isinstance(e, FormatError) else SlideError
+        kind = type(e) if isinstance(e, FormatError) else SlideError
         raise kind(message if source.url in message else f"{source.url} can't be read: {message}.") from e
     except RecursionError as e:
         raise SlideError(f"{source.url} can't be read: its directories nest without end; copy it again.") from e
@@ -95,7 +97,11 @@ def open_tiff(
 
 
 def refuse_other_formats(source: ByteSource) -> None:
-    """Say what a file is when it is no TIFF: `FormatError` where OpenSlide reads it, else `SlideError`."""
+    """Name the kind of a file that is no TIFF.
+
+    Raises `FormatError` for kinds that OpenSlide reads, `UnknownFormatError` for others, and `SlideError` for files
+    that no reader reads.
+    """
     head = source.read([(0, min(source.size, 132))])[0]
     if source.size >= 8 and head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return
@@ -107,13 +113,13 @@ def refuse_other_formats(source: ByteSource) -> None:
     if source.size < 8:
         raise SlideError(f"{source.url} has {source.size} bytes, so it is no slide: copy it again.")
     kinds = {b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image", b"PK\x03\x04": "a ZIP archive"}
-    kinds |= {b"ZISRAWFILE": "a Zeiss CZI file"}
     if head.lstrip(b"\xef\xbb\xbf").startswith(b"<?xml") and source.url.lower().endswith(".ome"):
         raise SlideError(f"{source.url} is the OME-XML of an OME-TIFF of several files: give the OME-TIFF.")
     kind = next((name for magic, name in kinds.items() if head.startswith(magic)), "no TIFF file")
-    raise SlideError(
-        f"{source.url} is {kind}: dfx reads slides of the TIFF family "
-        "(SVS, NDPI, SCN, OME-TIFF, Philips, QPTIFF, pyramidal TIFF); convert it to one of them."
+    raise UnknownFormatError(
+        f"{source.url} is {kind}: dfx reads slides of the TIFF family (SVS, NDPI, SCN, OME-TIFF, Philips, QPTIFF, "
+        "pyramidal TIFF), and local files that OpenSlide recognises where dfx[openslide] is installed; "
+        "convert it to one of them."
     )
 
 
