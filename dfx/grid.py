@@ -225,9 +225,10 @@ class PatchGrid:
                 "give the file of this slide."
             )
         read = slide.view(min(1.0, found.pixels / found.size), "baseline")
-        patch_shape(math.ceil(found.size / read.downsample))  # what is read
+        scale = (read.downsample,) * 2
+        patch_shape(math.ceil(found.size / min(read.downsample_xy or scale)))  # what is read
         # Positions are baseline pixels whichever level they are read from: steps of 1 hold any corner exactly.
-        view = View(read.level, (read.downsample,) * 2, read.downsample, baseline, 1.0, "baseline")
+        view = View(read.level, scale, read.downsample, baseline, 1.0, "baseline", read.downsample_xy)
         stride = found.stride if not (corners % found.stride).any() else 1
         order = np.lexsort((corners[:, 0], corners[:, 1], corners[:, 0] // (STRIP * found.stride)))
         steps = corners[order] // stride
@@ -259,7 +260,7 @@ class PatchGrid:
             "patches": f"{len(self)} of {self.shape_yx[0]} x {self.shape_yx[1]}",
             "stride": f"{self.stride_yx[0]} x {self.stride_yx[1]}",
             "resolution": f"{view.resolution} {view.units}, {view.size_xy[0]} x {view.size_xy[1]} pixels",
-            "read from": f"level {view.level}, scaled by {view.scale_xy[0]:g} x {view.scale_xy[1]:g}",
+            "read from": f"level {view.level}, scaled by {view.read_scale_xy[0]:g} x {view.read_scale_xy[1]:g}",
             "mask": "none" if mask is None else f"{mask.method}, {mask.cells.mean():.0%} of the slide",
         }
         return html.table("PatchGrid", rows)

@@ -125,7 +125,7 @@ def read_patches(
     following = None
     if slide.source.prefetches and following_xy is not None and len(following_xy):
         following, _ = boxes_of(view, following_xy, shape_yx)
-    pitch = None if stride_yx is None else (stride_yx[0] / view.scale_xy[1], stride_yx[1] / view.scale_xy[0])
+    pitch = None if stride_yx is None else (stride_yx[0] / view.read_scale_xy[1], stride_yx[1] / view.read_scale_xy[0])
     level = slide.levels[view.level]
     outside = (boxes[:, :2] < 0) | (boxes[:, 2:] > level.shape_yx)
     beyond = np.asarray(outside.any(axis=1) | level.has_gaps | (damaged is not None))

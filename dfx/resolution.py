@@ -88,6 +88,11 @@ class View:
     """The requested value."""
     units: Units
     """Its units."""
+    downsample_xy: tuple[float, float] | None = None
+    """Baseline pixels per pixel of that level along x and y, where `downsample` is not true; None: it is on both axes.
+
+    It counts as true on an axis where it puts the slide's far end less than a pixel of the level off.
+    """
 
     @property
     def resolution_json(self) -> float | list[float]:
@@ -97,7 +102,18 @@ class View:
     @property
     def to_baseline(self) -> tuple[float, float]:
         """(x, y) factors from positions at the requested resolution to baseline pixels."""
-        return self.downsample / self.scale_xy[0], self.downsample / self.scale_xy[1]
+        x, y = self.downsample, self.downsample
+        if self.units == "level" and self.downsample_xy:  # positions are pixels of a level, so by its own factors
+            x, y = self.downsample_xy
+        return x / self.scale_xy[0], y / self.scale_xy[1]
+
+    @property
+    def read_scale_xy(self) -> tuple[float, float]:
+        """Requested pixels per pixel of the level where they lie: `scale_xy`, but by the true factors of each axis."""
+        if self.downsample_xy is None:
+            return self.scale_xy
+        (x, y), (to_x, to_y) = self.downsample_xy, self.to_baseline
+        return x / to_x, y / to_y
 
     def rectangles(
         self, origins_xy: NDArray[np.integer], shape_yx: tuple[int, int]
@@ -106,7 +122,8 @@ class View:
 
         `origins_xy`: int (N, 2), top left corners at the requested resolution. Gives the corners
         on the level, int64 (N, 2) as (x, y), and the size (width, height) that each patch covers
-        there. Rounding as the reference: up to whole baseline pixels, then to the nearest of the level.
+        there. Rounding as the reference: up to whole baseline pixels, then to the nearest of the level. Along
+        an axis whose factor is not `downsample`, to the nearest of the level from where they lie.
         """
         # 1 / downsample first, then divide: another order rounds some positions the other way.
         from_baseline = 1 / self.downsample * np.asarray(self.scale_xy)
@@ -114,6 +131,11 @@ class View:
             from_baseline = np.ones(2)
         corner = np.rint(np.ceil(origins_xy / from_baseline) / self.downsample).astype(np.int64)
         size = np.rint(np.ceil(np.array(shape_yx[::-1]) / from_baseline) / self.downsample).astype(np.int64)
+        for axis, factor in enumerate(self.downsample_xy or ()):
+            if factor != self.downsample:
+                scale = self.read_scale_xy[axis]
+                corner[:, axis] = np.rint(origins_xy[:, axis] / scale)
+                size[axis] = np.rint(shape_yx[1 - axis] / scale)
         return corner, (max(1, int(size[0])), max(1, int(size[1])))
 
 
@@ -166,15 +188,24 @@ def view(
     mpp: tuple[float, float] | None = None,
     power: float | None = None,
     name: str = "the slide",
+    downsamples_xy: Sequence[tuple[float, float] | None] | None = None,
 ) -> View:
-    """Choose the level for a resolution and work out the slide's size there."""
+    """Choose the level for a resolution and work out the slide's size there.
+
+    `downsamples`: the mean factor of each level, by which the reference chooses and rounds. `downsamples_xy`: the
+    factors by which its pixels lie on the baseline; None: the same.
+    """
     check_resolution(resolution, units)
     resolution = plain(resolution)
     scales = level_scales(downsamples, resolution, units, mpp=mpp, power=power, name=name)
     fine_enough = np.flatnonzero((np.round(scales, 3) <= 1).all(axis=1))
     level = int(fine_enough[-1]) if len(fine_enough) else 0
     scale = scales[level]
-    size = np.rint(np.rint(np.array(baseline_size_xy) / downsamples[level]) * scale).astype(np.int64)
+    mean = float(downsamples[level])
+    own = (downsamples_xy[level] if downsamples_xy else None) or (mean, mean)
+    off = [abs(length / factor - length / mean) >= 1 for length, factor in zip(baseline_size_xy, own, strict=True)]
+    true = tuple(factor if far else mean for factor, far in zip(own, off, strict=True))
+    size = np.rint(np.rint(np.array(baseline_size_xy) / (true if units == "level" else mean)) * scale).astype(np.int64)
     if (size < 1).any():
         raise ResolutionError(
             f"{name} is smaller than one pixel at {resolution} {units}: "
@@ -183,8 +214,9 @@ def view(
     return View(
         level=level,
         scale_xy=(float(scale[0]), float(scale[1])),
-        downsample=float(downsamples[level]),
+        downsample=mean,
         size_xy=(int(size[0]), int(size[1])),
         resolution=resolution,
         units=units,
+        downsample_xy=(true[0], true[1]) if any(off) else None,
     )

@@ -46,13 +46,35 @@ def positions(
     return kept
 
 
+def own_factors(whole_xy: tuple[int, int], factors: tuple[float, float], downsample: float) -> tuple[float, float]:
+    """The factors by which each axis of a level is read: the mean, unless it is a pixel of the level off at the end."""
+    x, y = (f if abs(w / f - w / downsample) >= 1 else downsample for w, f in zip(whole_xy, factors, strict=True))
+    return x, y
+
+
 def patch_at(
-    level: NDArray[np.uint8], x: int, y: int, shape: tuple[int, int], scale: float, downsample: float
+    level: NDArray[np.uint8],
+    x: int,
+    y: int,
+    shape: tuple[int, int],
+    scale: float,
+    downsample: float,
+    own: tuple[float, float],
+    to_baseline: tuple[float, float],
 ) -> NDArray[np.float64]:
-    """One patch: cut from the level padded with white, then resampled. float64, unrounded."""
+    """One patch: cut from the level padded with white, then resampled. float64, unrounded.
+
+    `own`: see `own_factors`; `to_baseline`: baseline pixels per requested pixel.
+    """
     k = 1 / downsample * scale
-    x0, y0 = (int(np.rint(np.ceil(v / k) / downsample)) for v in (x, y))
-    w, h = (max(1, int(np.rint(np.ceil(v / k) / downsample))) for v in shape[::-1])
+
+    def on_level(value: int, axis: int) -> int:
+        if own[axis] == downsample:
+            return int(np.rint(np.ceil(value / k) / downsample))
+        return int(np.rint(value * to_baseline[axis] / own[axis]))
+
+    x0, y0 = on_level(x, 0), on_level(y, 1)
+    w, h = max(1, on_level(shape[1], 0)), max(1, on_level(shape[0], 1))
     white = np.full((h, w, 3), 255.0)
     piece = level[y0 : y0 + h, x0 : x0 + w]
     white[: piece.shape[0], : piece.shape[1]] = piece

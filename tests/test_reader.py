@@ -48,7 +48,9 @@ def synthetic(folder: Path, size: tuple[int, int], factors: tuple[int, ...], til
 def test_grid_and_pixels_are_those_of_the_whole_level_in_plain_numpy(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    size = data.draw(st.sampled_from([(700, 500), (333, 1021), (64, 64), (513, 257)]), label="rows, columns")
+    size = data.draw(
+        st.sampled_from([(700, 500), (333, 1021), (64, 64), (513, 257), (31, 3001), (2003, 45)]), label="rows, columns"
+    )
     factors = data.draw(st.sampled_from([(1,), (1, 2), (1, 4), (1, 2, 4), (1, 3)]), label="factors")
     tile = data.draw(st.sampled_from([(64, 64), (128, 16), (256, 256)]), label="tile")
     units: Units = data.draw(st.sampled_from(["mpp", "power", "baseline", "level"]), label="units")
@@ -66,7 +68,10 @@ def test_grid_and_pixels_are_those_of_the_whole_level_in_plain_numpy(
     heights, widths = zip(*(level.shape[:2] for level in levels), strict=True)
     downsamples = [(heights[0] / h + widths[0] / w) / 2 for h, w in zip(heights, widths, strict=True)]
     n, scale, ds = oracle.level_and_scale(downsamples, value, units, 0.25, 40)
-    size_xy = (int(np.rint(np.rint(widths[0] / ds) * scale)), int(np.rint(np.rint(heights[0] / ds) * scale)))
+    own = oracle.own_factors((widths[0], heights[0]), (factors[n], factors[n]), ds)  # levels have lost odd rows
+    base = own if units == "level" else (ds, ds)
+    to_baseline = base[0] / scale, base[1] / scale
+    size_xy = (int(np.rint(np.rint(widths[0] / base[0]) * scale)), int(np.rint(np.rint(heights[0] / base[1]) * scale)))
     wanted = oracle.positions(size_xy, shape, stride, mask, ratio)
 
     grid = dfx.PatchGrid.over(
@@ -78,7 +83,7 @@ def test_grid_and_pixels_are_those_of_the_whole_level_in_plain_numpy(
     assert got.dtype == np.uint8
     for i in np.random.default_rng(0).permutation(len(grid))[:12]:
         x, y = grid.coordinates[i, :2].tolist()
-        want = oracle.patch_at(levels[n], x, y, shape, scale, ds)
+        want = oracle.patch_at(levels[n], x, y, shape, scale, ds, own, to_baseline)
         off = np.abs(got[i] - np.clip(want, 0, 255)).max()
         resampled = (want != np.rint(want)).any()
         assert off <= (1.5 if resampled else 0), (i, off)  # OpenCV works with fixed-point weights

@@ -76,7 +76,7 @@ class TileGrid(ABC):
         """
         local = boxes - np.tile(self.origin_yx, 2)
         low = np.maximum(local[:, :2] // self.tile_yx, 0)
-        high = np.minimum(-(-local[:, 2:] // self.tile_yx), self.present.shape)
+        high = np.minimum(-(-local[:, 2:] // self.tile_yx), -(-np.array(self.shape_yx) // self.tile_yx))
         found: dict[tuple[int, int], list[int]] = {}
         for i, (r0, c0, r1, c1) in enumerate(np.concatenate([low, high], axis=1).tolist()):
             for r in range(r0, r1):
@@ -184,13 +184,15 @@ class Level:
     dtype: np.dtype[Any]
     """Data type as the file has it."""
     downsample: float
-    """Baseline pixels per pixel, the mean of both axes."""
+    """Baseline pixels per pixel, the mean ratio of both axes' sizes: TIAToolbox's, by which positions are rounded."""
     codec: str
     """How tiles are compressed."""
     colour: Colour
     """What the channels are; patches can be made of all but "other"."""
     parts: tuple[TileGrid, ...] = field(repr=False)
     """The rectangles of tiles that make up the level."""
+    downsample_xy: tuple[float, float] | None = None
+    """Baseline pixels per pixel along x and y, by which the level's pixels lie on the baseline; None: `downsample`."""
 
     @property
     def dimensions(self) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from dfx.errors import SlideError, TileError
 from dfx.slides import vendors
+from dfx.slides.downsample import Image, downsample_xy, ratio
 from dfx.slides.identity import identity as file_identity
 from dfx.slides.identity import older
 from dfx.slides.level import Level, TileGrid, as_rgb
@@ -89,17 +90,16 @@ def open_openslide(
             "missing; copy all of it again. Convert it to OME-TIFF if this version does not support it."
         ) from e
     said = (vendors.number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+    own_mpp = mpp or vendors.plausible(*said)
     said_power = vendors.positive(vendors.number(properties.get("openslide.objective-power")))
+    believed, doubts = vendors.believed_power(said_power, own_mpp)
     return Slide(
         url=source.url,
         vendor=vendor,
-        mpp=mpp or vendors.plausible(*said),
-        power=power or said_power,
-        levels=tuple(
-            Level(part.shape_yx, 3, np.dtype(np.uint8), part.downsample, "decoded by OpenSlide", "rgb", (part,))
-            for part in regions
-        ),
-        notes=tuple(notes(regions, properties)),
+        mpp=own_mpp,
+        power=power or believed,
+        levels=tuple(level_of(part, regions[0]) for part in regions),
+        notes=(*notes(regions, properties), *(() if power else doubts)),
         identity=identity,
         source=source,
         backend=f"openslide {version}",
@@ -108,6 +108,14 @@ def open_openslide(
         storage_options=storage_options,
         reopen=open_openslide,
     )
+
+
+def level_of(part: Regions, base: Regions) -> Level:
+    """Describe a level."""
+    whole, size = base.shape_yx[::-1], part.shape_yx[::-1]
+    factors = downsample_xy(Image(whole), Image(size)) or ratio(whole, size)
+    about = 3, np.dtype(np.uint8), part.downsample, "decoded by OpenSlide"
+    return Level(part.shape_yx, *about, "rgb", (part,), factors)
 
 
 def load(url: str) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from dfx.errors import SlideError, UnknownFormatError
-from dfx.slides import vendors
 from dfx.slides.decode import colour_of, decoder, is_palette, joiner
+from dfx.slides.downsample import Image, Pair, agrees, contradicts, downsample_xy, ratio, used_size
 from dfx.slides.jpeg import JpegTiles
 from dfx.slides.level import Level, StoredTiles
 
@@ -17,51 +18,136 @@ CODECS = {1: "none", 5: "LZW", 7: "JPEG", 8: "deflate", 32946: "deflate", 33003:
 CODECS |= {33005: "JPEG 2000", 34712: "JPEG 2000", 50000: "zstd", 50001: "WebP", 50002: "JPEG XL", 34934: "JPEG XR"}
 MOST_TILE_BYTES = 2**28
 """A larger tile or strip is refused: it would have to be decoded whole for each patch."""
+REDUCED, MASK, MACRO = 1, 4, 8
+"""Bits of NewSubfileType: a smaller version of another image of the file, a mask; with Aperio, the macro image."""
+PixelOf: TypeAlias = Callable[[Any], Pair | None]
 
 
-def pyramid(tif: Any, depth_from_pages: bool = False) -> tuple[list[Level], tuple[str, ...]]:
-    """Find the levels among a file's pages and the sub-IFDs of its first page.
+class Found(NamedTuple):
+    """A level, before its tiles are looked up."""
+
+    shape_yx: tuple[int, int]
+    """Rows and columns as they are stored."""
+    pages: list[Any]
+    """One a channel, or one for all."""
+    keyframe: Any
+    """The page that describes them."""
+    downsample_xy: Pair | None = None
+    """Pixels of the baseline per pixel; None where the sizes are to say it."""
+
+
+def number_tag(page: Any, code: int) -> float | None:
+    """Return a numeric tag, a rational as its quotient; None where there is no such tag."""
+    value = page.tags.valueof(code, None)
+    if isinstance(value, tuple):
+        return value[0] / value[1] if len(value) == 2 and value[1] else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def pixel_um(page: Any) -> Pair | None:
+    """Return the width and height of a page's pixel in microns, by its resolution tags; None where they say none."""
+    x, y, unit = number_tag(page, 282), number_tag(page, 283), int(page.tags.valueof(296, 2))
+    microns = {2: 25400.0, 3: 10000.0}.get(unit)
+    return (microns / x, microns / y) if microns and x and y and min(x, y) > 0 else None
+
+
+def pyramid(
+    tif: Any, *, marked: bool = False, depth_from_pages: bool = False, pixel_of: PixelOf = pixel_um
+) -> tuple[list[Level], tuple[str, ...]]:
+    """Find the baseline among a file's pages, and its levels among them and the baseline's sub-IFDs; return notes, too.
 
     tifffile's own series lose levels: of an SVS without a thumbnail, of one whose levels are marked
-    as reduced, and where the factor is not 2, 3 or 4. A level has the first page's layout (tiles,
-    channels, dtype) and its aspect, and is smaller; labels, macros and masks are not.
+    as reduced, and where the factor is not 2, 3 or 4. A level has the baseline's layout (tiles, channels, dtype)
+    and is a smaller version of the same image: it is marked as that (`marked`: the vendor's format says so of each),
+    or the size of its pixels grows as its own shrinks, or the file uses neither marks nor resolutions. `pixel_of`:
+    the width and height of a page's pixel, where the file has them elsewhere than in its resolution tags.
     """
-    first = tif.pages[0]
-    pages = [first, *tif.pages[1:], *(first.pages or ())]
-    same_size = [p for p in pages if is_level(p, first) and p.imagewidth == first.imagewidth]
-    if len(same_size) > 1 and not depth_from_pages:
+    pages = list(tif.pages)
+    base = baseline(pages, marked=marked, pixel_of=pixel_of)
+    whole = image_of(base, pixel_of)
+    shape = whole.size_xy[::-1]
+    same_size = [p for p in pages if has_layout(p, base) and (p.imagelength, p.imagewidth) == shape]
+    depth = len(same_size)
+    if depth > 1 and not depth_from_pages:
         raise UnknownFormatError(
-            f"it holds {len(same_size)} images of {first.imagewidth} x {first.imagelength} pixels, "
+            f"it holds {depth} images of {base.imagewidth} x {base.imagelength} pixels, "
             "and nothing says which is the slide: save the wanted one as a file of its own"
         )
-    planes: dict[tuple[int, int], list[Any]] = {}
-    for page in pages:
-        if is_level(page, first):
-            planes.setdefault((page.imagelength, page.imagewidth), []).append(page)
-    depth = len(same_size)
-    chosen = [group[len(group) // 2] for size, group in sorted(planes.items(), reverse=True)]
-    notes = (f"{depth} focal planes; the middle one is read",) if depth > 1 else ()
-    return build_levels([((p.imagelength, p.imagewidth), [p], p) for p in chosen]), notes
+    notes = [f"{depth} focal planes; the middle one is read"] if depth > 1 else []
+    others = [p for p in pages if p not in same_size and has_layout(p, base)]
+    marks = any(p.subfiletype & REDUCED for p in others)
+    planes: dict[Pair, list[Any]] = {(1.0, 1.0): same_size}
+    scenes: list[Image] = []
+    for page in (*others, *(p for p in base.pages or () if has_layout(p, base))):
+        image, is_marked = image_of(page, pixel_of), marked or bool(page.subfiletype & REDUCED) or page not in pages
+        own = f"the image of {page.imagewidth} x {page.imagelength} pixels is left out: "
+        factors = downsample_xy(whole, image)
+        if not is_marked and (marks or contradicts(whole, image, marked=False)) and not agrees(whole, image):
+            scenes.append(replace(image, pixel_xy=None))
+            notes.append(own + "it is another picture, by its resolution or since it is not marked as a level")
+        elif factors is None or contradicts(whole, image, marked=True):
+            notes.append(own + "how much smaller than the slide it is, or padded, is not said or contradictory")
+        elif any(is_of_scene(scene, image, factors) for scene in scenes):
+            notes.append(own + "it may be a level of another picture of the file")
+        else:
+            planes.setdefault(factors, []).append(page)
+    found = []
+    for factors, group in planes.items():
+        if len(group) not in (1, depth):
+            notes.append(
+                f"{len(group)} images that are {factors[0]:g} times smaller are left out: only one can be right"
+            )
+            continue
+        page = group[len(group) // 2]
+        found.append(Found((page.imagelength, page.imagewidth), [page], page, factors))
+    return build_levels(found), tuple(notes)
 
 
-def is_level(page: Any, first: Any) -> bool:
-    """Whether a page can be a level under the first page."""
-    if page is first:
-        return True
-    reduced = bool(page.subfiletype & 1)
-    if page.subfiletype & 4 or (page.is_tiled != first.is_tiled) or not (first.is_tiled or reduced):
-        return False
-    if (page.dtype, page.samplesperpixel, page.planarconfig) != (
-        first.dtype,
-        first.samplesperpixel,
-        first.planarconfig,
+def is_of_scene(scene: Image, level: Image, factors: Pair) -> bool:
+    """Return whether a level may be that of another picture than the baseline, of which it has these factors."""
+    other = downsample_xy(scene, replace(level, pixel_xy=None))
+    return other is not None and (other[0].is_integer() or not factors[0].is_integer())
+
+
+def baseline(pages: Sequence[Any], *, marked: bool = False, pixel_of: PixelOf = pixel_um) -> Any:
+    """Return the page that is the slide: no thumbnail, label, macro image or mask.
+
+    Raises `UnknownFormatError` where the first image is no level of a larger one.
+    """
+    own = [p for p in pages if not p.subfiletype & (MASK | MACRO)] or list(pages)
+    own = [p for p in own if not p.subfiletype & REDUCED] or own
+    own = [p for p in own if p.is_tiled] or own
+    first, largest = own[0], max(own, key=lambda p: p.imagewidth * p.imagelength)
+    if largest.imagewidth * largest.imagelength == first.imagewidth * first.imagelength:
+        return first
+    smaller, larger = image_of(first, pixel_of), image_of(largest, pixel_of)
+    if (
+        has_layout(first, largest)
+        and not contradicts(larger, smaller, marked=marked)
+        and downsample_xy(larger, smaller)
     ):
+        return largest
+    raise UnknownFormatError(
+        f"its first image has {first.imagewidth} x {first.imagelength} pixels, another one that is no larger version "
+        f"of it has {largest.imagewidth} x {largest.imagelength}, and nothing says which is the slide: "
+        "save the wanted one as a file of its own"
+    )
+
+
+def has_layout(page: Any, base: Any) -> bool:
+    """Return whether a page has the layout of the baseline: that of its levels, and of no label or mask."""
+    if page.subfiletype & (MASK | MACRO) or page.is_tiled != base.is_tiled:
         return False
-    height, width = page.imagelength, page.imagewidth
-    if height > first.imagelength or width > first.imagewidth:
+    if not base.is_tiled and page is not base and not page.subfiletype & REDUCED:  # thumbnails have strips, too
         return False
-    expected = first.imagelength * width / first.imagewidth
-    return bool(abs(height - expected) <= max(1.5, 0.02 * height, 1.5 * first.imagelength / first.imagewidth))
+    layout = "dtype", "samplesperpixel", "planarconfig"
+    return all(getattr(page, name) == getattr(base, name) for name in layout)
+
+
+def image_of(page: Any, pixel_of: PixelOf) -> Image:
+    """Describe a page by its tags."""
+    tile = (page.tilewidth, page.tilelength) if page.is_tiled else None
+    return Image((page.imagewidth, page.imagelength), tile, pixel_of(page))
 
 
 def series_levels(series: Any) -> tuple[list[Level], tuple[str, ...]]:
@@ -93,44 +179,36 @@ def series_levels(series: Any) -> tuple[list[Level], tuple[str, ...]]:
     return build_levels(found), notes
 
 
-def leica_levels(tif: Any, glass_nm: tuple[float, float], areas: list[vendors.LeicaArea]) -> list[Level]:
-    """Place a Leica slide's areas on the glass, as OpenSlide does."""
-    found = []
-    for n in range(min(len(area.levels) for area in areas)):
-        nm_level = areas[0].size_nm[0] / areas[0].levels[n][1]
-        shape = round(glass_nm[1] / nm_level), round(glass_nm[0] / nm_level)
-        parts = []
-        for area in areas:
-            ifd, width, height = area.levels[n]
-            page = tif.pages[ifd]
-            if (page.imagewidth, page.imagelength) != (width, height):
-                raise SlideError(f"IFD {ifd} has other dimensions than its XML says: the file is damaged")
-            origin = round(area.offset_nm[1] / nm_level), round(area.offset_nm[0] / nm_level)
-            parts.append((origin, (height, width), page))
-        found.append((shape, parts))
-    levels = []
-    for shape, parts in found:
-        grids = tuple(tile_grid([page], page, size, origin) for origin, size, page in parts)
-        levels.append(make_level(shape, found[0][0], parts[0][2], 1, grids))
-    return levels
-
-
 # From pages to tile grids
 
 
-def build_levels(found: Sequence[tuple[tuple[int, int], list[Any], Any]]) -> list[Level]:
-    """Make levels of (shape, pages, keyframe), finest first."""
-    found = sorted(found, key=lambda f: -f[0][0] * f[0][1])
-    return [
-        make_level(shape, found[0][0], keyframe, len(pages), (tile_grid(pages, keyframe, shape, (0, 0)),))
-        for shape, pages, keyframe in found
-    ]
+def build_levels(found: Sequence[tuple[Any, ...]]) -> list[Level]:
+    """Make levels, finest first, of what `Found` has; what is padded beyond the slide is cut off."""
+    levels = sorted((Found(*f) for f in found), key=lambda f: -f.shape_yx[0] * f.shape_yx[1])
+    base = levels[0].shape_yx
+    whole = replace(image_of(levels[0].keyframe, pixel_um), size_xy=base[::-1])
+    built = []
+    for level in levels:
+        shape, page = level.shape_yx, level.keyframe
+        image = replace(image_of(page, pixel_um), size_xy=shape[::-1])
+        # Where the sizes leave a doubt, the vendor's format still says that it is a level: the ratio of its sizes.
+        factors = level.downsample_xy or downsample_xy(whole, image) or ratio(whole.size_xy, image.size_xy)
+        shape = used_size(base[::-1], shape[::-1], factors)[::-1]
+        grids = (tile_grid(level.pages, page, shape, (0, 0)),)
+        built.append(make_level(shape, base, page, len(level.pages), grids, factors))
+    return built
 
 
 def make_level(
-    shape: tuple[int, int], baseline: tuple[int, int], page: Any, pages: int, parts: tuple[StoredTiles, ...]
+    shape: tuple[int, int],
+    baseline: tuple[int, int],
+    page: Any,
+    pages: int,
+    parts: tuple[StoredTiles, ...],
+    factors: Pair | None = None,
 ) -> Level:
-    """Describe a level by one of its pages."""
+    """Describe a level by one of its pages. `factors`: see `Level.downsample_xy`; None: the sizes are to say them."""
+    whole, size = Image(baseline[::-1]), Image(shape[::-1])
     channels = pages * page.samplesperpixel
     colour, palette = colour_of(page, pages), is_palette(page)
     if palette:  # decoded to RGB
@@ -143,6 +221,7 @@ def make_level(
         codec=CODECS.get(int(page.compression), str(getattr(page.compression, "name", page.compression))),
         colour=colour,
         parts=parts,
+        downsample_xy=factors or downsample_xy(whole, size) or ratio(whole.size_xy, size.size_xy),
     )
 
 

@@ -104,8 +104,16 @@ class Slide:
         return self._view(resolution, units, self.power)
 
     def _view(self, resolution: float | tuple[float, float], units: res.Units, power: float | None) -> res.View:
-        downsamples = [level.downsample for level in self.levels]
-        return res.view(downsamples, self.dimensions, resolution, units, mpp=self.mpp, power=power, name=self.url)
+        return res.view(
+            [level.downsample for level in self.levels],
+            self.dimensions,
+            resolution,
+            units,
+            mpp=self.mpp,
+            power=power,
+            name=self.url,
+            downsamples_xy=[level.downsample_xy for level in self.levels],
+        )
 
     def level(self, n: int) -> da.Array:
         """Give a level as a lazy array (rows, columns, channels) in the file's own dtype.

@@ -17,10 +17,11 @@ import tifffile
 from dfx.errors import DfxError, FormatError, SlideError, UnknownFormatError
 from dfx.slides import vendors
 from dfx.slides.identity import identity
+from dfx.slides.leica import leica_levels, read_areas
 from dfx.slides.level import Level, StoredTiles
 from dfx.slides.ndpi import FILE_FORMAT, SOURCE_LENS, has_long_pointers, ndpi_levels
 from dfx.slides.ome import ome
-from dfx.slides.pyramid import leica_levels, pyramid, series_levels
+from dfx.slides.pyramid import baseline, number_tag, pixel_um, pyramid, series_levels
 from dfx.slides.slide import Slide
 from dfx.slides.source import ByteSource, open_source
 
@@ -81,13 +82,15 @@ def open_tiff(
         ) from e
     for n, level in enumerate(facts.levels):
         check_extent(source, n, level)
+    own_mpp = mpp or facts.mpp
+    believed, doubts = vendors.believed_power(facts.power, own_mpp)
     return Slide(
         url=source.url,
         vendor=facts.vendor,
-        mpp=mpp or facts.mpp,
-        power=power or facts.power,
+        mpp=own_mpp,
+        power=power or believed,
         levels=tuple(facts.levels),
-        notes=facts.notes,
+        notes=facts.notes + (() if power else doubts),
         identity=identity(source, facts.levels),
         source=source,
         overrides=(mpp, power),
@@ -175,18 +178,14 @@ def parse(tif: tifffile.TiffFile, source: ByteSource) -> Facts:
     page = tif.pages[0]
     description = page.description
     software = str(page.tags.valueof(305, "") or "")
-    if tif.is_svs:
-        levels, notes = pyramid(tif, depth_from_pages=True)
-        return Facts("aperio", *vendors.aperio(description), levels, notes)
     if FILE_FORMAT in page.tags:
-        levels, notes, baseline = ndpi_levels(tif, source)
-        power = vendors.positive(number_tag(baseline, SOURCE_LENS))
-        return Facts("hamamatsu", resolution_mpp(baseline), power, levels, notes)
+        levels, notes, base = ndpi_levels(tif, source)
+        power = vendors.positive(number_tag(base, SOURCE_LENS))
+        return Facts("hamamatsu", resolution_mpp(base), power, levels, notes)
     if tif.is_scn:
         return leica(tif)
     if tif.is_philips:
-        levels, notes = series_levels(tif.series[0])
-        return Facts("philips", *vendors.philips(description), levels, notes)
+        return philips(tif, description)
     if tif.is_bif:
         raise FormatError(f"it is a Ventana BIF, whose tiles overlap and would be misplaced: {BY_OPENSLIDE}")
     if tif.is_ome:
@@ -194,6 +193,10 @@ def parse(tif: tifffile.TiffFile, source: ByteSource) -> Facts:
     if tif.is_qpi:
         levels, notes = series_levels(tif.series[0])
         return Facts("perkinelmer", resolution_mpp(page), vendors.perkinelmer(description), levels, notes)
+    base = baseline(tif.pages)
+    if base.is_svs:
+        levels, notes = pyramid(tif, marked=True, depth_from_pages=True)
+        return Facts("aperio", *vendors.aperio(base.description), levels, notes)
     overlaps = vendors.trestle_overlaps(description)
     if software.startswith("MedScan") or overlaps:
         if overlaps is None or any(overlaps):
@@ -202,28 +205,26 @@ def parse(tif: tifffile.TiffFile, source: ByteSource) -> Facts:
                 f"and would be misplaced: {BY_OPENSLIDE}"
             )
         mpp = vendors.plausible(number_tag(page, 282), number_tag(page, 283))  # the unit is to be ignored
-        return Facts("trestle", mpp, None, *pyramid(tif))
-    return Facts("generic-tiff", resolution_mpp(page), None, *pyramid(tif))
-
-
-def number_tag(page: Any, code: int) -> float | None:
-    """Give a numeric tag, a rational as its quotient."""
-    value = page.tags.valueof(code, None)
-    if isinstance(value, tuple):
-        return value[0] / value[1] if len(value) == 2 and value[1] else None
-    return float(value) if isinstance(value, int | float) else None
+        return Facts("trestle", mpp, None, *pyramid(tif, marked=True, pixel_of=lambda page: None))
+    return Facts("generic-tiff", resolution_mpp(base), None, *pyramid(tif))
 
 
 def resolution_mpp(page: Any) -> vendors.Mpp:
     """Microns per pixel from the TIFF resolution tags, where they can be meant."""
-    unit = page.tags.valueof(296, 2)
-    return vendors.tiff_resolution(number_tag(page, 282), number_tag(page, 283), int(unit))
+    return vendors.plausible(*(pixel_um(page) or (None, None)))
 
 
 def leica(tif: tifffile.TiffFile) -> Facts:
     """Read a Leica slide: the areas of its strongest objective; the macro image is left out."""
-    glass, areas = vendors.leica(tif.pages[0].description)
-    levels = leica_levels(tif, glass, areas)
-    mpp = areas[0].size_nm[0] / areas[0].levels[0][1] / 1000
-    note = (f"{len(areas)} areas on the glass; between them is white",) if len(areas) > 1 else ()
-    return Facts("leica", vendors.plausible(mpp, mpp), areas[0].power, levels, note)
+    glass, areas, left_out = read_areas(tif.pages[0].description)
+    levels, (w, h), notes = leica_levels(tif, glass, areas)
+    return Facts("leica", vendors.plausible(w / 1000, h / 1000), areas[0].power, levels, notes + left_out)
+
+
+def philips(tif: tifffile.TiffFile, description: str) -> Facts:
+    """Read a Philips slide, whose XML says how large a pixel of each level is: sizes of levels are padded to tiles."""
+    tiled = [page for page in tif.pages if page.is_tiled]
+    sizes = vendors.philips_pixels(description)
+    by_page = dict(zip((page.offset for page in tiled), sizes, strict=True)) if len(sizes) == len(tiled) else {}
+    levels, notes = pyramid(tif, marked=True, pixel_of=lambda page: by_page.get(page.offset))
+    return Facts("philips", *vendors.philips(description), levels, notes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from dfx.errors import SlideError
 
@@ -13,6 +12,10 @@ Mpp = tuple[float, float] | None
 
 PLAUSIBLE_MPP = (0.05, 20.0)
 """Microns per baseline pixel that a slide scanner can mean; 72 dpi would be 352.8."""
+PLAUSIBLE_POWER = (0.5, 200.0)
+"""Objective powers that a slide can have been scanned with."""
+MOST_UNUSUAL = 4.0
+"""Factor by which power times microns per pixel may differ from 10: cameras differ, and binning doubles pixels."""
 MICRONS = {"m": 1e6, "dm": 1e5, "cm": 1e4, "mm": 1e3, "µm": 1.0, "μm": 1.0, "um": 1.0}
 MICRONS |= {"nm": 1e-3, "Å": 1e-4, "pm": 1e-6, "in": 25400.0, "thou": 25.4}
 
@@ -30,6 +33,18 @@ def number(text: str | None) -> float | None:
         return float((text or "").strip().replace(",", "."))
     except ValueError:
         return None
+
+
+def believed_power(power: float | None, mpp: Mpp) -> tuple[float | None, tuple[str, ...]]:
+    """Return an objective power that can be meant beside `mpp`, else None; and a note where it is not believed."""
+    if power is None:
+        return None, ()
+    if not PLAUSIBLE_POWER[0] <= power <= PLAUSIBLE_POWER[1]:
+        return None, (f"its objective power of {power:g}x can't be, and is not used",)
+    mean = sum(mpp) / 2 if mpp else 10 / power
+    if not 1 / MOST_UNUSUAL <= power * mean / 10 <= MOST_UNUSUAL:
+        return None, (f"its objective power of {power:g}x contradicts its {mean:g} microns per pixel, and is not used",)
+    return power, ()
 
 
 def positive(value: float | None) -> float | None:
@@ -76,14 +91,29 @@ def philips(xml: str) -> tuple[Mpp, float | None]:
     root = parse(xml, "Philips XML")
     mpp, power = None, None
     for scanned in _philips_images(root):
-        spacing = _attribute(scanned, "DICOM_PIXEL_SPACING")
-        values = [number(v) for v in re.findall(r"[\d.,eE+-]+", spacing or "")]
-        if len(values) >= 2 and values[0] is not None and values[1] is not None:
+        values = _numbers(_attribute(scanned, "DICOM_PIXEL_SPACING"))
+        if len(values) >= 2:
             mpp = plausible(values[1] * 1000, values[0] * 1000)
         magnification = re.search(r"levels=(\d+)", _attribute(scanned, "DICOM_DERIVATION_DESCRIPTION") or "")
         if magnification and int(magnification[1]) <= 200:
             power = positive(float(magnification[1]))
     return mpp, power
+
+
+def philips_pixels(xml: str) -> list[Mpp]:
+    """Return the width and height of a pixel of each level of the whole-slide image, finest first, in microns."""
+    found: list[Mpp] = []
+    for scanned in _philips_images(parse(xml, "Philips XML")):
+        for part in named(scanned, "DataObject"):
+            if part.get("ObjectType") == "PixelDataRepresentation":
+                rows, columns, *_ = [*_numbers(_attribute(part, "DICOM_PIXEL_SPACING")), None, None]
+                found.append((columns * 1000, rows * 1000) if rows and columns else None)
+    return found
+
+
+def _numbers(text: str | None) -> list[float]:
+    """Return the numbers of a Philips attribute, each in quotes."""
+    return [v for v in map(number, re.findall(r"[\d.,eE+-]+", text or "")) if v is not None]
 
 
 def _philips_images(root: ET.Element) -> Iterator[ET.Element]:
@@ -114,52 +144,3 @@ def trestle_overlaps(description: str) -> list[int] | None:
     """Read `OverlapsXY` of a Trestle description: x and y of each level."""
     found = re.search(r"OverlapsXY\s*=\s*([\d\s]+)", description)
     return [int(v) for v in found[1].split()] if found else None
-
-
-@dataclass(frozen=True)
-class LeicaArea:
-    """One scanned area of a Leica SCN slide."""
-
-    offset_nm: tuple[float, float]
-    """(x, y) of its corner on the glass."""
-    size_nm: tuple[float, float]
-    """(width, height) on the glass."""
-    levels: tuple[tuple[int, int, int], ...]
-    """(IFD, width, height) of each level, finest first."""
-    power: float | None
-    """Its objective."""
-
-
-def leica(xml: str) -> tuple[tuple[float, float], list[LeicaArea]]:
-    """Read the glass's size in nm and the areas of the strongest objective."""
-    root = parse(xml, "Leica SCN XML")
-    collection = first(root, "collection")
-    if collection is None:
-        raise SlideError("the Leica SCN XML has no collection")
-    glass = float(collection.get("sizeX", 0)), float(collection.get("sizeY", 0))
-    areas = []
-    for image in named(collection, "image"):
-        pixels, view = first(image, "pixels"), first(image, "view")
-        if pixels is None or view is None:
-            continue
-        source = first(image, "illuminationSource")
-        if source is not None and (source.text or "").strip().lower() != "brightfield":
-            raise SlideError("the Leica SCN slide is not bright field: its channels are not a picture")
-        planes: dict[int, dict[int, tuple[int, int, int]]] = {}
-        for d in named(pixels, "dimension"):
-            size = int(d.get("ifd", 0)), int(d.get("sizeX", 0)), int(d.get("sizeY", 0))
-            planes.setdefault(int(d.get("r", 0)), {})[int(d.get("z", 0))] = size
-        levels = [planes[r][sorted(planes[r])[len(planes[r]) // 2]] for r in sorted(planes)]
-        objective = first(image, "objective")
-        areas.append(
-            LeicaArea(
-                offset_nm=(float(view.get("offsetX", 0)), float(view.get("offsetY", 0))),
-                size_nm=(float(view.get("sizeX", 0)), float(view.get("sizeY", 0))),
-                levels=tuple(sorted(levels, key=lambda level: -level[1])),
-                power=positive(number(objective.text if objective is not None else None)),
-            )
-        )
-    if not areas:
-        raise SlideError("the Leica SCN XML has no image")
-    strongest = max(area.power or 0 for area in areas)
-    return glass, [area for area in areas if (area.power or 0) == strongest]
