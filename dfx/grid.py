@@ -215,7 +215,7 @@ class PatchGrid:
         """
         if not isinstance(slide, HasViews):
             raise CallTypeError(f"a grid lies over a Slide, not a {type(slide).__name__}: open it with dfx.open_slide.")
-        found = read_coords(path, lambda level: slide.view(level, "level").downsample)
+        found = read_coords(path, lambda level: sum(slide.view(level, "level").to_baseline) / 2)
         baseline = slide.view(1.0, "baseline").size_xy
         corners = found.corners_xy
         if found.dimensions not in (None, baseline) or (corners >= baseline).any():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dfx.cli import storage
 from dfx.cli.codes import DONE, FAILURES
 from dfx.errors import DfxError
+
+if TYPE_CHECKING:
+    from dfx.slides import Level
 
 
 def add(commands: Any) -> None:
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             "backend": slide.backend,
             "dimensions": f"{slide.dimensions[0]} x {slide.dimensions[1]}",
             "levels": ", ".join(f"{level.dimensions[0]} x {level.dimensions[1]}" for level in slide.levels),
-            "downsamples": ", ".join(f"{level.downsample:g}" for level in slide.levels),
+            "downsamples": ", ".join(downsample(level) for level in slide.levels),
             "tile size": f"{first.tile_yx[1]} x {first.tile_yx[0]}",
             "codec": first.codec,
             "channels": f"{first.channels} x {first.dtype} ({first.colour})",
@@ -51,3 +54,9 @@ def run(args: argparse.Namespace) -> int:
         for name, value in [*rows.items(), *(("note", note) for note in slide.notes)]:
             print(f"  {name:<12} {value}")
     return FAILURES if bad else DONE
+
+
+def downsample(level: Level) -> str:
+    """Write by how much a level is smaller; for both axes where they differ by more than rounding."""
+    x, y = level.downsample_xy or (level.downsample, level.downsample)
+    return f"{x:g}" if abs(x - y) < 0.01 * x else f"{x:g} x {y:g}"

@@ -60,14 +60,6 @@ def aperio(description: str) -> tuple[Mpp, float | None]:
     return plausible(mpp, mpp), positive(number(fields.get("appmag")))
 
 
-def tiff_resolution(x: float | None, y: float | None, unit: int | None) -> Mpp:
-    """Microns per pixel from pixels per inch (unit 2) or centimetre (unit 3)."""
-    microns = {2: 25400.0, 3: 10000.0}.get(unit or 0)
-    if microns is None or not x or not y:
-        return None
-    return plausible(microns / x, microns / y)
-
-
 def parse(xml: str, what: str) -> ET.Element:
     """Parse a vendor's XML; raises `SlideError`."""
     try:
