@@ -11,7 +11,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from dfx.slides.synthetic import TILE, paint
+from dfx.slides.synthetic import TILE, paint, tiles
 
 PERIOD = 2048
 
@@ -55,3 +55,25 @@ def repeated(texture: NDArray[np.uint8], side: int) -> Iterator[NDArray[np.uint8
         for left in range(0, side, TILE):
             columns = np.arange(left, left + TILE) % texture.shape[1]
             yield np.ascontiguousarray(texture[rows[:, None], columns])
+
+
+CHROMA = {"4:2:0": (2, 2), "4:4:4": (1, 1)}
+"""Chroma subsampling of a JPEG slide, by its usual name."""
+
+
+def write_one_level(path: Path, picture: NDArray[np.uint8], chroma: str, quality: int = 80) -> Path:
+    """Write a picture as an SVS-like slide of one level at 0.25 mpp, in YCbCr JPEG tiles."""
+    with tifffile.TiffWriter(path) as out:
+        out.write(
+            tiles(picture),
+            shape=picture.shape,
+            dtype=np.uint8,
+            tile=(TILE, TILE),
+            photometric="rgb",  # which is converted; the tag becomes YCbCr
+            subsampling=CHROMA[chroma],
+            compression="jpeg",
+            compressionargs={"level": quality},
+            description=f"Aperio Image Library (dfx)\r\nJPEG/YCC Q={quality}|AppMag = 40|MPP = 0.25",
+            metadata=None,
+        )
+    return path

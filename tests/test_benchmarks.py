@@ -51,8 +51,9 @@ def test_reading_reports_tiles_patches_and_the_other_tool(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_fast_reading_is_compared_at_each_shrinking(tmp_path: Path) -> None:
     rows = run(tmp_path, "fast", "--weights", "random")
-    assert [row["shrunk"] for row in rows] == [2]  # by 4 and 8, the file has a level
-    assert rows[0]["cosine_least"] > 0.9
+    assert [(row["slide"], row["shrunk"]) for row in rows] == [(c, n) for c in ("4:2:0", "4:4:4") for n in (2, 4, 8)]
+    assert all(row["cosine_least"] > 0.9 for row in rows)
+    assert rows[0]["grey_levels_mean"] > rows[3]["grey_levels_mean"]
 
 
 @pytest.mark.slow
