@@ -125,7 +125,8 @@ class DeepFeatureExtractor:
         - `client`: a Dask client; None: the current one, else a cluster inside this process.
         - `on_error`: "raise" a `RunError` when the other slides are done, or "skip" (see `.failures`).
         - `block_size`: patches in a block, the unit of work and resume. `reading`: "fast" shrinks JPEG tiles
-          while they are decoded where patches are shrunk by an even factor; close to "exact", not equal.
+          while they are decoded where patches are shrunk by an even factor; on slides with subsampled chroma (4:2:0)
+          tissue then differs from "exact" by 1.3 grey levels on average and up to 33.
           `on_bad_tile`: "fill" leaves a tile that can't be decoded white, and names it in the store.
           `block_timeout`: seconds after which a block that hangs is given up, and its slide with it.
           `notify` is called with each `dfx.run` event: slides planned, done and failed, blocks done.

@@ -84,7 +84,8 @@ def add(commands: Any) -> None:
         "--reading",
         choices=["exact", "fast"],
         default="exact",
-        help="fast: shrink JPEG tiles while decoding, where patches are shrunk by an even factor; not quite the same",
+        help="fast: shrink JPEG tiles while decoding, where patches are shrunk by an even factor; on slides with "
+        "subsampled chroma (4:2:0), tissue then differs by 1.3 grey levels on average and up to 33",
     )
     p.add_argument(
         "--memory-threshold", type=float, default=80, metavar="P", help="percent of memory to stay below (default: 80)"
