@@ -349,7 +349,7 @@ def test_jpeg_2000_tiles_of_one_page_may_differ(picture: Picture, tmp_path: Path
 @pytest.mark.parametrize(("enumerated", "refused"), [(None, False), (16, True), (18, False)])
 def test_subsampled_jpeg_2000_is_left_to_the_decoder_which_converts_it(enumerated: int | None, refused: bool) -> None:
     layout = Layout(SIDE, SIDE, 3, np.dtype(np.uint8), True)
-    header = Jpeg2000Header(3, 8, True, False, enumerated)
+    header = Jpeg2000Header(3, True, False, enumerated)
     for compression, aperio in ((33003, True), (34712, False)):
         tiles = Jpeg2000Tiles(layout, compression, 2, aperio)
         if refused:
@@ -361,8 +361,8 @@ def test_subsampled_jpeg_2000_is_left_to_the_decoder_which_converts_it(enumerate
 
 def test_a_jpeg_2000_header_says_what_it_was_written_with(picture: Picture) -> None:
     tile = cut(picture)[0]
-    assert jpeg2000_header(jpeg2000(tile, transform=True)) == Jpeg2000Header(3, 8, False, True, None)
-    assert jpeg2000_header(jpeg2000(tile, transform=False, container=18)) == Jpeg2000Header(3, 8, False, False, 18)
+    assert jpeg2000_header(jpeg2000(tile, transform=True)) == Jpeg2000Header(3, False, True, None)
+    assert jpeg2000_header(jpeg2000(tile, transform=False, container=18)) == Jpeg2000Header(3, False, False, 18)
     stream = bytearray(jpeg2000(tile, transform=False))
     stream[stream.find(b"\xff\x51") + 44] = 2  # XRsiz of the second component
     assert jpeg2000_header(bytes(stream)).subsampled

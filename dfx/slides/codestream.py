@@ -134,8 +134,6 @@ class Jpeg2000Header:
 
     components: int
     """How many components there are."""
-    bits: int
-    """Bits of the first component."""
     subsampled: bool
     """Whether some components have fewer samples than others."""
     transformed: bool
@@ -195,7 +193,7 @@ def jpeg2000_header(data: bytes) -> Jpeg2000Header:
     if len(siz) < 36 + 3 * components or len(cod) < 5 or not components:
         raise ValueError("it has no JPEG 2000 header")
     steps = {siz[37 + 3 * n : 39 + 3 * n] for n in range(components)}
-    return Jpeg2000Header(components, (siz[36] & 0x7F) + 1, len(steps) > 1, cod[4] == 1, enumerated)
+    return Jpeg2000Header(components, len(steps) > 1, cod[4] == 1, enumerated)
 
 
 def is_whole_jpeg2000(data: bytes) -> bool:
