@@ -43,7 +43,7 @@ def write(path: Path, images: Sequence[tuple[NDArray[Any], dict[str, Any]]], **o
     with tifffile.TiffWriter(path, **options) as out:
         for image, own in images:
             usual = {"tile": (64, 64), "photometric": "rgb", "compression": "zlib", "metadata": None}
-            out.write(image, **{k: v for k, v in (usual | own).items() if v is not None})
+            out.write(image, **(usual | own))
     return path
 
 
@@ -89,3 +89,22 @@ def lines(picture: NDArray[np.uint8]) -> list[float]:
         profile = np.clip(np.median(dark, axis=axis) - 75, 0, None)
         found.append(float((profile * (np.arange(len(profile)) + 0.5)).sum() / profile.sum()))
     return found
+
+
+def philips_xml(spacings_mm: Sequence[float]) -> dict[str, Any]:
+    """The description of a Philips slide whose levels have these sizes of a pixel."""
+    attribute = '<Attribute Name="{}">{}</Attribute>'.format
+    spacings = [f"&quot;{spacing:.9f}&quot; &quot;{spacing:.9f}&quot;" for spacing in spacings_mm]
+    parts = "".join(
+        f'<DataObject ObjectType="PixelDataRepresentation">{attribute("DICOM_PIXEL_SPACING", spacing)}</DataObject>'
+        for spacing in spacings
+    )
+    scanned = (
+        attribute("PIM_DP_IMAGE_TYPE", "WSI")
+        + attribute("DICOM_PIXEL_SPACING", spacings[0])
+        + attribute("PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE", f"<Array>{parts}</Array>")
+    )
+    images = attribute(
+        "PIM_DP_SCANNED_IMAGES", f'<Array><DataObject ObjectType="DPScannedImage">{scanned}</DataObject></Array>'
+    )
+    return {"description": f'<?xml version="1.0"?><DataObject ObjectType="DPUfsImport">{images}</DataObject>'}

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nets import Means
-from pyramids import LINE, ROUND, lined, lines, mosaic, pyramid, smaller
+from pyramids import LINE, ROUND, lined, lines, mosaic, philips_xml, pyramid, smaller, write
 
 import dfx
 from dfx import resolution as res
 from dfx.resolution import Units
-from dfx.slides.downsample import Image, downsample_xy
+from dfx.slides.factors import Image, downsample_xy
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "odd sizes": {"size_xy": (1501, 1003), "factors": [(2, 2), (4, 4)]},
@@ -162,3 +162,31 @@ def test_squares_of_other_tools_lie_on_level_0_whichever_level_they_are_read_fro
     dark = np.clip(255 - patches[:, :10].mean(axis=(1, 3)) - 75, 0, None)
     where = grid.coordinates[:, 0, None] + (np.arange(32) + 0.5) * 4
     assert abs((dark * where).sum() / dark.sum() - at[0] - LINE / 2) <= 4
+
+
+@pytest.mark.parametrize("kind", ["aperio", "philips"])
+def test_levels_that_openslide_reads_lie_where_it_reads_them(kind: str, tmp_path: Path) -> None:
+    """Of a long slide by the factor of each axis; where OpenSlide has a factor from the file, by that."""
+    openslide = pytest.importorskip("openslide")
+    size, at, factors = (6001, 155), (5200, 80), (1, 4, 16)
+    image = lined(size, at)
+    if kind == "aperio":
+        description = {"description": "Aperio Image Library v11\r\n6001x155 (64x64) RAW|AppMag = 20|MPP = 0.5"}
+        rest = {"description": "Aperio Image Library v11\r\n6001x155 -> less"}
+        levels = [smaller(image, (f, f), "down", None) for f in factors]
+    else:
+        description, rest = (
+            philips_xml([0.0005 * f for f in factors]) | {"software": "Philips DP v1.0"},
+            {"subfiletype": 1},
+        )
+        levels = [image, *(smaller(image, (f, f), "down", 64) for f in factors[1:])]
+    path = write(tmp_path / "a.tif", [(level, rest if n else description) for n, level in enumerate(levels)])
+    slide = dfx.open_slide(path, backend="openslide")
+    assert [level.downsample for level in slide.levels] == list(openslide.OpenSlide(path).level_downsamples)
+    assert [level.downsample_xy for level in slide.levels] == [(f, f) for f in factors]
+    for mpp in (0.5, 2, 8):
+        picture, view = mosaic(slide, mpp, "mpp")
+        own = slide.levels[view.level].downsample_xy or (1, 1)
+        for axis, found in enumerate(lines(picture)):
+            off = found * view.to_baseline[axis] - at[axis] - LINE / 2
+            assert abs(off) <= max(own[axis], view.to_baseline[axis]) + 1, (mpp, axis, off)

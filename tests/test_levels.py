@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pyramids import LINE, lined, lines, mosaic, per_cm, smaller, write
+from pyramids import LINE, lined, lines, mosaic, per_cm, philips_xml, smaller, write
 
 import dfx
 from dfx.errors import SlideError
@@ -121,22 +121,8 @@ def test_of_two_images_that_are_no_pyramid_the_slide_is_not_guessed(images: Any,
 def test_levels_of_philips_slides_lie_where_their_xml_says(said: bool, tmp_path: Path) -> None:
     """All but the first are padded to whole tiles, so that the last three have one size."""
     factors, size, at = (1, 2, 4, 8, 16), (900, 700), (800, 600)
-    attribute = '<Attribute Name="{}">{}</Attribute>'.format
-    spacings = [f"&quot;{0.00025 * f:.9f}&quot; &quot;{0.00025 * f:.9f}&quot;" for f in factors]
-    parts = "".join(
-        f'<DataObject ObjectType="PixelDataRepresentation">{attribute("DICOM_PIXEL_SPACING", spacing)}</DataObject>'
-        for spacing in spacings[: None if said else -1]
-    )
-    scanned = (
-        attribute("PIM_DP_IMAGE_TYPE", "WSI")
-        + attribute("DICOM_PIXEL_SPACING", spacings[0])
-        + attribute("PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE", f"<Array>{parts}</Array>")
-    )
-    images = attribute(
-        "PIM_DP_SCANNED_IMAGES", f'<Array><DataObject ObjectType="DPScannedImage">{scanned}</DataObject></Array>'
-    )
     image = lined(size, at)
-    own = {"description": f'<?xml version="1.0"?><DataObject ObjectType="DPUfsImport">{images}</DataObject>'}
+    own = philips_xml([0.00025 * f for f in factors[: None if said else -1]])
     levels = [(image, own | {"software": "Philips DP v1.0"})]
     levels += [(smaller(image, (f, f), "down", 256), MARK) for f in factors[1:]]
     path = write(tmp_path / "a.tiff", [(level, own | {"tile": (256, 256)}) for level, own in levels])
@@ -149,6 +135,29 @@ def test_levels_of_philips_slides_lie_where_their_xml_says(said: bool, tmp_path:
         picture, view = mosaic(slide, mpp, "mpp")
         for found, start in zip(lines(picture), at, strict=True):
             assert abs(found * view.to_baseline[0] - start - LINE / 2) <= mpp / 0.25
+
+
+OME = (
+    '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+    '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeX="512" SizeY="384" SizeC="3" SizeZ="1" SizeT="1" '
+    'PhysicalSizeX="0.5" PhysicalSizeY="0.5"><Channel ID="Channel:0:0" SamplesPerPixel="3"/>'
+    '<TiffData IFD="0" PlaneCount="1"/></Pixels></Image></OME>'
+)
+
+
+def test_ome_levels_that_may_be_padded_are_left_out_unless_their_resolution_says_so(tmp_path: Path) -> None:
+    odd = np.ascontiguousarray(BASE[:, :450])
+    half = np.pad(odd[::2, ::2], ((0, 0), (0, 31), (0, 0)))  # 225 -> 256 columns: 4 tiles
+    xml = {"description": OME.replace('"512"', '"450"'), "subifds": 2}
+    for own, wanted in (({}, [(384, 450), (96, 112)]), (UM2, [(384, 450), (192, 225), (96, 112)])):
+        path = tmp_path / f"{len(wanted)}.ome.tif"
+        slide = dfx.open_slide(
+            write(path, [(odd, xml | UM), (half, MARK | own), (odd[::4, :448:4], MARK)], bigtiff=True)
+        )
+        assert slide.vendor == "ome"
+        assert [level.shape_yx for level in slide.levels] == wanted
+        assert any("256 x 192 pixels is left out" in note for note in slide.notes) == (not own)
+        assert np.array_equal(slide.level(len(wanted) - 1).compute(scheduler="sync"), odd[::4, :448:4])
 
 
 def scn(path: Path, glass: tuple[int, int], areas: Sequence[dict[str, Any]]) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dfx.errors import SlideError
 from dfx.slides import vendors
-from dfx.slides.downsample import Image, Pair, downsample_xy
+from dfx.slides.factors import Image, Pair, downsample_xy
 from dfx.slides.level import Level
 from dfx.slides.pyramid import make_level, tile_grid
 

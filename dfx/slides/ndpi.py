@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from dfx.errors import SlideError
 from dfx.slides.codestream import jpeg_segments
+from dfx.slides.factors import Image, downsample_xy, ratio
 from dfx.slides.level import Level, StoredTiles
-from dfx.slides.pyramid import MOST_TILE_BYTES, make_level, tile_grid
+from dfx.slides.pyramid import MOST_TILE_BYTES, make_level, pixel_um, tile_grid
 from dfx.slides.source import ByteSource
 
 FILE_FORMAT, SOURCE_LENS, Z_OFFSET, MCU_STARTS, MCU_STARTS_HIGH = 65420, 65421, 65424, 65426, 65432
@@ -65,6 +66,7 @@ def ndpi_levels(tif: Any, source: ByteSource) -> tuple[list[Level], tuple[str, .
         notes += (note,) if note else ()
     found.sort(key=lambda level: -level[0][0] * level[0][1])
     base = found[0][0]
+    whole = Image(base[::-1], pixel_xy=pixel_um(found[0][2]))
     levels = []
     for n, (shape, part, page) in enumerate(found):
         if n and shape == found[n - 1][0]:
@@ -73,7 +75,9 @@ def ndpi_levels(tif: Any, source: ByteSource) -> tuple[list[Level], tuple[str, .
                 "and nothing says which is the slide: export it again"
             )
         if same_aspect(shape, base):
-            levels.append(make_level(shape, base, page, 1, (part,)))
+            image = Image(shape[::-1], pixel_xy=pixel_um(page))
+            factors = downsample_xy(whole, image) or ratio(whole.size_xy, image.size_xy)
+            levels.append(make_level(shape, base, page, 1, (part,), factors))
         else:
             notes += (f"an image of {shape[1]} x {shape[0]} pixels has another aspect than the slide; it is left out",)
     return levels, notes, found[0][2]

@@ -263,7 +263,8 @@ def planes(image: Image, tif: Any) -> tuple[list[Level], tuple[str, ...]]:
     stacks = [pages, *(list(stack) for stack in zip(*reduced, strict=True))]
     if any(page.hash != stack[0].hash for stack in stacks for page in stack):
         raise SlideError("its channels are stored in different ways: export it again")
-    return build_levels([((stack[0].imagelength, stack[0].imagewidth), stack, stack[0]) for stack in stacks]), notes
+    levels, doubts = build_levels([((stack[0].imagelength, stack[0].imagewidth), stack, stack[0]) for stack in stacks])
+    return levels, notes + doubts
 
 
 def listed(names: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dfx.errors import SlideError, TileError
 from dfx.slides import vendors
-from dfx.slides.downsample import Image, downsample_xy, ratio
+from dfx.slides.factors import Image, downsample_xy, ratio
 from dfx.slides.identity import identity as file_identity
 from dfx.slides.identity import older
 from dfx.slides.level import Level, TileGrid, as_rgb
@@ -111,9 +111,13 @@ def open_openslide(
 
 
 def level_of(part: Regions, base: Regions) -> Level:
-    """Describe a level."""
+    """Describe a level. A factor that is not the mean ratio of the sizes, OpenSlide has from the file: it is true."""
     whole, size = base.shape_yx[::-1], part.shape_yx[::-1]
-    factors = downsample_xy(Image(whole), Image(size)) or ratio(whole, size)
+    x, y = factors = ratio(whole, size)
+    if abs(part.downsample - (x + y) / 2) > 1e-6 * part.downsample:
+        factors = part.downsample, part.downsample
+    elif known := downsample_xy(Image(whole), Image(size)):
+        factors = known
     about = 3, np.dtype(np.uint8), part.downsample, "decoded by OpenSlide"
     return Level(part.shape_yx, *about, "rgb", (part,), factors)
 

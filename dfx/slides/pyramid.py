@@ -10,7 +10,7 @@ import numpy as np
 
 from dfx.errors import SlideError, UnknownFormatError
 from dfx.slides.decode import colour_of, decoder, is_palette, joiner
-from dfx.slides.downsample import Image, Pair, agrees, contradicts, downsample_xy, ratio, used_size
+from dfx.slides.factors import Image, Pair, agrees, contradicts, downsample_xy, used_size
 from dfx.slides.jpeg import JpegTiles
 from dfx.slides.level import Level, StoredTiles
 
@@ -86,7 +86,7 @@ def pyramid(
             scenes.append(replace(image, pixel_xy=None))
             notes.append(own + "it is another picture, by its resolution or since it is not marked as a level")
         elif factors is None or contradicts(whole, image, marked=True):
-            notes.append(own + "how much smaller than the slide it is, or padded, is not said or contradictory")
+            notes.append(doubtful(image))
         elif any(is_of_scene(scene, image, factors) for scene in scenes):
             notes.append(own + "it may be a level of another picture of the file")
         else:
@@ -100,7 +100,8 @@ def pyramid(
             continue
         page = group[len(group) // 2]
         found.append(Found((page.imagelength, page.imagewidth), [page], page, factors))
-    return build_levels(found), tuple(notes)
+    levels, doubts = build_levels(found)
+    return levels, (*notes, *doubts)
 
 
 def is_of_scene(scene: Image, level: Image, factors: Pair) -> bool:
@@ -176,27 +177,42 @@ def series_levels(series: Any) -> tuple[list[Level], tuple[str, ...]]:
                 raise SlideError(f"it has {size} images along axis {axis}: save the wanted one as a file of its own")
         chosen = [pages[i] for i in index.ravel()]
         found.append(((shape["Y"], shape["X"]), chosen, keyframe))
-    return build_levels(found), notes
+    levels, doubts = build_levels(found)
+    return levels, notes + doubts
 
 
 # From pages to tile grids
 
 
-def build_levels(found: Sequence[tuple[Any, ...]]) -> list[Level]:
-    """Make levels, finest first, of what `Found` has; what is padded beyond the slide is cut off."""
+def build_levels(found: Sequence[tuple[Any, ...]]) -> tuple[list[Level], tuple[str, ...]]:
+    """Make levels, finest first, of what `Found` has; what is padded beyond the slide is cut off.
+
+    Levels that may lie in several ways on the baseline are left out, and noted.
+    """
     levels = sorted((Found(*f) for f in found), key=lambda f: -f.shape_yx[0] * f.shape_yx[1])
     base = levels[0].shape_yx
     whole = replace(image_of(levels[0].keyframe, pixel_um), size_xy=base[::-1])
-    built = []
+    built: list[Level] = []
+    notes: tuple[str, ...] = ()
     for level in levels:
-        shape, page = level.shape_yx, level.keyframe
-        image = replace(image_of(page, pixel_um), size_xy=shape[::-1])
-        # Where the sizes leave a doubt, the vendor's format still says that it is a level: the ratio of its sizes.
-        factors = level.downsample_xy or downsample_xy(whole, image) or ratio(whole.size_xy, image.size_xy)
-        shape = used_size(base[::-1], shape[::-1], factors)[::-1]
+        page, image = level.keyframe, replace(image_of(level.keyframe, pixel_um), size_xy=level.shape_yx[::-1])
+        factors = level.downsample_xy or (downsample_xy(whole, image) if built else (1.0, 1.0))
+        if factors is None:
+            notes += (doubtful(image),)
+            continue
+        shape = used_size(whole.size_xy, image.size_xy, factors)[::-1]
         grids = (tile_grid(level.pages, page, shape, (0, 0)),)
         built.append(make_level(shape, base, page, len(level.pages), grids, factors))
-    return built
+    return built, notes
+
+
+def doubtful(image: Image) -> str:
+    """Say why an image is no level, of which `downsample_xy` knows no factors."""
+    width, height = image.size_xy
+    return (
+        f"the image of {width} x {height} pixels is left out: how much smaller than the slide it is, "
+        "or padded, is not said or contradictory"
+    )
 
 
 def make_level(
@@ -205,10 +221,9 @@ def make_level(
     page: Any,
     pages: int,
     parts: tuple[StoredTiles, ...],
-    factors: Pair | None = None,
+    factors: Pair,
 ) -> Level:
-    """Describe a level by one of its pages. `factors`: see `Level.downsample_xy`; None: the sizes are to say them."""
-    whole, size = Image(baseline[::-1]), Image(shape[::-1])
+    """Describe a level by one of its pages. `factors`: see `Level.downsample_xy`."""
     channels = pages * page.samplesperpixel
     colour, palette = colour_of(page, pages), is_palette(page)
     if palette:  # decoded to RGB
@@ -221,7 +236,7 @@ def make_level(
         codec=CODECS.get(int(page.compression), str(getattr(page.compression, "name", page.compression))),
         colour=colour,
         parts=parts,
-        downsample_xy=factors or downsample_xy(whole, size) or ratio(whole.size_xy, size.size_xy),
+        downsample_xy=factors,
     )
 
 

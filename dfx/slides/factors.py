@@ -75,10 +75,11 @@ def downsample_xy(whole: Image, level: Image) -> Pair | None:
         padded = [(n, tile, s) for w, n, s, tile in axes if n > w / s and not _rounds(w, n, s)]
         if whole_factor and any(n % tile or not _neat(s).is_integer() for n, tile, s in padded):
             return None
-        x, y = (s if _rounds(w, n, s) else _neat(s) if n > w / s else w / n for w, n, s, _ in axes)
+        x, y = (_along(w, n, s) for w, n, s, _ in axes)
         return x, y
     if whole_factor:
-        return whole_factor, whole_factor
+        odd = not math.log2(whole_factor).is_integer()
+        return None if odd and _may_be_padded(whole, level, in_tiles=True) else (whole_factor, whole_factor)
     x, y = ratio(whole.size_xy, level.size_xy)
     alike = _rounds(whole.size_xy[1], level.size_xy[1], x) or _rounds(whole.size_xy[0], level.size_xy[0], y)
     return (x, y) if min(x, y) > 1 and alike and not _may_be_padded(whole, level) else None
@@ -133,14 +134,27 @@ def _whole_factor(whole: Image, level: Image) -> float | None:
     return found[0] if found else None
 
 
-def _may_be_padded(whole: Image, level: Image) -> bool:
-    """Return whether a whole factor explains both axes by a size that is padded to whole tiles."""
-    if level.tile_xy is None:
+def _along(whole: int, level: int, said: float) -> float:
+    """Return the factor along an axis that the file says, in few digits or exactly, and the sizes allow."""
+    neat = _neat(said)
+    if whole / neat - level < 1 - ROUNDED:
+        return neat
+    return said if whole / said - level < 1 - ROUNDED else whole / level
+
+
+def _may_be_padded(whole: Image, level: Image, *, in_tiles: bool = False) -> bool:
+    """Return whether a whole factor explains both axes by a size that is padded to whole tiles.
+
+    With `in_tiles`, only where both are whole tiles and the factor is a power of two.
+    """
+    tiles = level.tile_xy
+    if tiles is None or (in_tiles and any(n % tile for n, tile in zip(level.size_xy, tiles, strict=True))):
         return False
     low, high = 1.0, math.inf
-    for w, n, tile in zip(whole.size_xy, level.size_xy, level.tile_xy, strict=True):
+    for w, n, tile in zip(whole.size_xy, level.size_xy, tiles, strict=True):
         least, most = w / (n + 1), (w / (n - 1) if n > 1 else math.inf)
         if n % tile == 0:  # else its size is what rounding left
             most = w / (n - tile) if n > tile else math.inf
         low, high = max(low, least), min(high, most)
-    return math.floor(low) + 1 < high
+    next_whole = math.floor(low) + 1
+    return (2 ** math.ceil(math.log2(next_whole)) if in_tiles else next_whole) < high
