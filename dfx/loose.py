@@ -18,6 +18,7 @@ from dfx import cluster, kernel
 from dfx.encoders import EncoderSpec
 from dfx.errors import CallError, CallTypeError, DfxError, RunError, SlideError
 from dfx.plan import Head, Options
+from dfx.remote import local_path
 
 ENDINGS = (".npy", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 
@@ -53,7 +54,7 @@ def gather(images: object, shape_yx: tuple[int, int] | None, *, any_kind: bool =
                 raise CallError(f"patches must have one shape, not {sorted(shapes)[:4]}: run each shape by itself.")
             source = np.stack(images)
         elif all(isinstance(image, str | Path) for image in images):
-            source = np.array([str(Path(image).absolute()) for image in images])
+            source = np.array([str(local_path(image).absolute()) for image in images])
         else:
             kinds = sorted({type(image).__name__ for image in images})
             raise CallTypeError(f"patches must all be arrays or all be image files, not {', '.join(kinds)}.")

@@ -92,6 +92,11 @@ def test_patterns_and_weights_are_paths_too(folder: Path, made_slide: Path, resn
     assert [row.slide for row in dfx.table.rows_of(f"file://{home}/*.svs")] == [str(home / "a::b.svs")]
     (home / "list.txt").write_text("a::b.svs\n")
     assert [row.slide for row in dfx.table.rows_of("S20::1/list.txt")] == ["S20::1/a::b.svs"]
+    image = np.arange(192, dtype=np.uint8).reshape(1, 8, 8, 3)
+    np.save(home / "p::%.npy", image[0])
+    loose = dfx.DeepFeatureExtractor(nets.Means(), verbose=False)
+    for given in ("S20::1/p::%.npy", (home / "p::%.npy").as_uri()):
+        assert np.array_equal(loose.run([given])["features"], loose.run(image)["features"])  # type: ignore[index, call-overload]
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), home / "w::1.pt")
     assert dfx.load_encoder("resnet18", weights="S20::1/w::1.pt").weights != "random"
 
