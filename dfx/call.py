@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dfx.annotations import polygons
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import whole_pair
+from dfx.masks import Segment, as_mask, is_method, polygons, segment_of
 from dfx.remote import is_remote, local_path, shown
 from dfx.resolution import check_resolution, one, pair
 from dfx.run import Item
 from dfx.slides import Slide
 from dfx.table import rows_of
-from dfx.tissue import Segment, as_mask, is_method, segment_of
 
 
 def check_workers(num_workers: object) -> int:

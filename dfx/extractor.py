@@ -25,12 +25,12 @@ from dfx.call import (
 )
 from dfx.encoders import EncoderLike, EncoderSpec, check_device, load_encoder
 from dfx.errors import CallError, CallTypeError
-from dfx.grid import check_ratio, whole_pair
+from dfx.grid import check_origin, check_ratio, whole_pair
+from dfx.masks import Origin, Segment, segment_of
 from dfx.plan import Options, head_names
 from dfx.progress import ProgressBar
 from dfx.run import TIMEOUT, Event, GridOptions, RunResult, one_or_named, raise_failures, run_slides
 from dfx.store import Place, check_folder, check_ours, write_patch_mode
-from dfx.tissue import Segment, segment_of
 
 
 class DeepFeatureExtractor:
@@ -78,6 +78,7 @@ class DeepFeatureExtractor:
         auto_get_mask: bool = True,
         tissue: str | Segment = "otsu",
         min_mask_ratio: float = 0.0,
+        mask_origin: Origin | None = None,
         memory_threshold: float = 80,
         labels: Sequence[Any] | None = None,
         wsireader_kwargs: Mapping[str, Any] | None = None,
@@ -113,7 +114,8 @@ class DeepFeatureExtractor:
         - `masks`: one a slide, None, an array, an image path, GeoJSON (a path or mapping) or a `Slide`; without
           one, `auto_get_mask` finds tissue, by `tissue`: "otsu", "hsv" (leaves pen marks out) or a function, as in
           `Slide.tissue_mask`; each of these may be a slide's mask too. `min_mask_ratio`: share of a patch that
-          must be above this.
+          must be above this. `mask_origin`, "slide" or "bounds", says for slides with bounds (Leica SCN, MIRAX) where
+          masks begin: QuPath crops these slides to their bounds; None: a slide whose mask leaves that open fails.
         - `save_dir`: where stores go. One of the same plan is kept or resumed; one of another is an
           error, unless `overwrite`, which replaces stores that dfx made and nothing else.
         - `memory_threshold`: percent of a worker's memory above which batches are halved and blocks wait for
@@ -172,7 +174,9 @@ class DeepFeatureExtractor:
                 "slides need patch_input_shape=(rows, columns) and "
                 "input_resolutions=[{'resolution': 0.5, 'units': 'mpp'}], or an ioconfig with both."
             )
-        where = GridOptions(shape, *resolution_of(resolutions), stride, check_ratio(min_mask_ratio))
+        where = GridOptions(
+            shape, *resolution_of(resolutions), stride, check_ratio(min_mask_ratio), check_origin(mask_origin)
+        )
         segment_of(tissue)
         items = slide_items(
             images,

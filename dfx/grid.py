@@ -1,4 +1,4 @@
-"""Where the patches of a slide lie: positions, mask filter, order. Pure arithmetic."""
+"""Where the patches of a slide lie: positions, mask filter, order."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfx import html
-from dfx.annotations import draw, is_annotation
 from dfx.coords import read_coords
 from dfx.errors import CallError, CallTypeError
+from dfx.masks import (
+    Bounds,
+    Mask,
+    Origin,
+    Segment,
+    as_mask,
+    draw,
+    is_annotation,
+    is_method,
+    method_name,
+    on_slide,
+    read_mask,
+)
 from dfx.remote import shown
 from dfx.resolution import Units, View
-from dfx.tissue import Mask, Segment, as_mask, is_method, method_name, read_mask
 
 STRIP = 16
 """Width, in patches, of the vertical strips that order a grid: 256 patches then cover a square."""
@@ -31,16 +42,14 @@ MOST = 2**26
 
 MOST_PIXELS = 2**28
 """Pixels that a patch may have."""
-MASK_SIZE = 4096
-"""Longer side, in pixels, at which a slide that serves as a mask is read."""
 
 
 @runtime_checkable
-class HasThumbnail(Protocol):
+class HasMask(Protocol):
     """What a grid asks of a slide that serves as a mask."""
 
-    def thumbnail(self, max_size: int) -> NDArray[np.uint8]:
-        """Give the whole slide as RGB."""
+    def as_mask(self) -> NDArray[np.bool_]:
+        """Give the slide's own pixels as a mask."""
         ...
 
 
@@ -51,6 +60,11 @@ class HasViews(Protocol):
     @property
     def identity(self) -> str:
         """Names the slide's content."""
+        ...
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """What was scanned, where that is not the whole slide: (x, y, width, height) at the baseline."""
         ...
 
     def view(self, resolution: float | tuple[float, float], units: Units) -> View:
@@ -91,6 +105,13 @@ def check_ratio(ratio: object) -> float:
     return float(ratio)
 
 
+def check_origin(origin: object) -> Origin | None:
+    """Give `mask_origin`; raises `CallError` for another value."""
+    if origin is not None and origin not in get_args(Origin):
+        raise CallError(f"mask_origin must be 'slide', 'bounds' or None, not {origin!r}.")
+    return origin  # type: ignore[return-value]
+
+
 def covered(
     origins_xy: NDArray[np.integer],
     shape_yx: tuple[int, int],
@@ -112,28 +133,40 @@ def covered(
     stop = np.clip((ends * scale).astype(np.float32), 0, cells.astype(np.float32)).astype(np.int64)
     start = np.minimum(start, cells - 1)
     stop = np.maximum(stop, start + 1)
-    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int64)
-    np.cumsum(np.cumsum(mask, axis=0, dtype=np.int64), axis=1, out=total[1:, 1:])
+    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32 if mask.size < 2**31 else np.int64)
+    inner = total[1:, 1:]
+    np.cumsum(mask, axis=0, out=inner)
+    np.cumsum(inner, axis=1, out=inner)
     (x0, y0), (x1, y1) = start.T, stop.T
-    true = total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0]
+    true = total[y1, x1].astype(np.int64) - total[y0, x1] - total[y1, x0] + total[y0, x0]
     area = (x1 - x0) * (y1 - y0)
     return np.asarray((true > 0) & ((true == area) | (true > area * min_mask_ratio)))
 
 
-def mask_over(slide: HasViews, mask: Any, storage_options: Mapping[str, Any] | None = None) -> Mask:
+def mask_over(
+    slide: HasViews,
+    mask: Any,
+    storage_options: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
+) -> Mask:
     """Give a mask over a slide as `PatchGrid.over` takes it; raises `CallError` or `CallTypeError`."""
-    if is_annotation(mask):
-        cells = draw(mask, slide.view(1.0, "baseline").size_xy, storage_options)
-        return Mask(cells, "GeoJSON" if isinstance(mask, Mapping) else shown(str(mask)))
     if isinstance(mask, str) and mask == "tissue":
         mask = "otsu"
     if is_method(mask):
         return Mask(slide.tissue_mask(mask), method_name(mask))
+    size_xy, bounds = slide.view(1.0, "baseline").size_xy, slide.bounds
+    if is_annotation(mask):
+        method = "GeoJSON" if isinstance(mask, Mapping) else shown(str(mask))
+        cells, used = draw(mask, size_xy, storage_options, bounds=bounds, origin=origin)
+        return Mask(cells, method if used == "slide" else f"{method}, from the corner of the bounds")
     if isinstance(mask, str | Path):
-        return Mask(read_mask(mask, storage_options), shown(str(mask)))
-    if isinstance(mask, HasThumbnail):
-        return Mask(as_mask(mask.thumbnail(MASK_SIZE)), "slide")
-    return Mask(as_mask(mask), "array")
+        cells, method = read_mask(mask, storage_options), shown(str(mask))
+    elif isinstance(mask, HasMask):
+        cells, method = mask.as_mask(), "slide"
+    else:
+        cells, method = as_mask(mask), "array"
+    whole = on_slide(cells, size_xy, bounds=bounds, origin=origin, name=f"the mask ({method})")
+    return Mask(whole, method if whole is cells else f"{method}, over the bounds")
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,18 +197,23 @@ class PatchGrid:
         resolution: float | tuple[float, float] = 0.5,
         units: Units = "mpp",
         stride: int | tuple[int, int] | None = None,
-        mask: str | Path | NDArray[Any] | Mapping[str, Any] | HasThumbnail | Segment | None = "tissue",
+        mask: str | Path | NDArray[Any] | Mapping[str, Any] | HasMask | Segment | None = "tissue",
         min_mask_ratio: float = 0.0,
+        mask_origin: Origin | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> PatchGrid:
         """Lay a grid over a slide and keep the patches under the mask.
 
         `shape` and `stride` (default: the shape) are (rows, columns) at the requested resolution;
-        the grid starts at the slide's top left corner and its last patches may overhang. `mask`:
-        "tissue" (Otsu), "hsv" or a function (see `Slide.tissue_mask`), None (every patch), what is stretched over
-        the whole slide: an array, an image path or URL (`storage_options` as in `open_slide`), or a `Slide` that is
-        black outside; or GeoJSON as QuPath exports it, a path that ends with .geojson or .json or a mapping:
-        polygons in level-0 pixels.
+        the grid starts at the slide's top left corner and its last patches may overhang.
+
+        `mask`: "tissue" (Otsu), "hsv" or a function (see `Slide.tissue_mask`); None (every patch); a mask of the whole
+        slide: an array, the path or URL of an image or .npy file (`storage_options` as in `open_slide`; see
+        `dfx.masks.read_mask` for the cells that count), or a `Slide`, whose file is read as a mask; or GeoJSON as
+        QuPath exports it, a path that ends with .geojson or .json or a mapping: polygons in level-0 pixels.
+        `mask_origin` matters for slides with bounds (`Slide.bounds`): "slide" for masks of the whole slide and
+        polygons that count from its corner, "bounds" for those of QuPath, which crops such slides to their bounds.
+        Without it, a mask whose origin is not certain is a `CallError`.
         `min_mask_ratio`: share of a patch that must be above this. Raises `ResolutionError` when
         the slide lacks the metadata that the units need, `CallError` for a bad value.
 
@@ -187,6 +225,7 @@ class PatchGrid:
         shape_yx = patch_shape(shape)
         stride_yx = whole_pair(shape if stride is None else stride, "stride")
         min_mask_ratio = check_ratio(min_mask_ratio)
+        mask_origin = check_origin(mask_origin)
         view = slide.view(resolution, units)
         columns, rows = (-(-size // step) for size, step in zip(view.size_xy, stride_yx[::-1], strict=True))
         if rows * columns > MOST:
@@ -196,7 +235,7 @@ class PatchGrid:
             )
         iy, ix = np.indices((rows, columns)).reshape(2, -1)
         steps = np.stack([ix, iy], axis=1)
-        used = None if mask is None else mask_over(slide, mask, storage_options)
+        used = None if mask is None else mask_over(slide, mask, storage_options, mask_origin)
         if used is not None:
             origins = steps * np.array(stride_yx[::-1])
             steps = steps[covered(origins, shape_yx, view.size_xy, used.cells, min_mask_ratio)]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from dfx.errors import CallError, CallTypeError
+from dfx.masks import METHODS
 from dfx.remote import is_chain, is_key, is_remote, local_path, matching, read_bytes, shown, suffix
 from dfx.resolution import one
-from dfx.tissue import METHODS
 
 COLUMNS = ("slide", "mpp", "power", "mask", "label")
 SUFFIXES = (".csv", ".txt")

@@ -13,9 +13,8 @@ from conftest import WSI
 from numpy.typing import NDArray
 
 import dfx
-from dfx import annotations
-from dfx.annotations import draw
 from dfx.errors import CallError
+from dfx.masks import annotations, draw
 
 
 def ring(*points: tuple[float, float]) -> list[list[float]]:
@@ -30,7 +29,7 @@ def feature(geometry: dict[str, Any] | None) -> dict[str, Any]:
     return {"type": "Feature", "id": "PathAnnotationObject", "geometry": geometry, "properties": {"name": "tumour"}}
 
 
-FRAME = {"type": "Polygon", "coordinates": [square(100, 120, 600), square(300, 320, 200)]}
+FRAME: dict[str, Any] = {"type": "Polygon", "coordinates": [square(100, 120, 600), square(300, 320, 200)]}
 """With a hole, in which a part of ISLANDS lies."""
 ISLANDS = {
     "type": "MultiPolygon",
@@ -51,7 +50,7 @@ def oracle(found: dict[str, Any], size_xy: tuple[int, int], cells_yx: tuple[int,
 @pytest.mark.parametrize("size", [400, 4096])
 def test_cells_are_those_whose_centres_lie_inside(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotations, "SIZE", size)
-    cells = draw(BOTH, (1600, 1300))
+    cells, _ = draw(BOTH, (1600, 1300))
     assert cells.shape == ((325, 400) if size == 400 else (1300, 1600))
     inside, near = oracle(BOTH, (1600, 1300), (cells.shape[0], cells.shape[1]))
     assert np.array_equal(cells[~near], inside[~near])
@@ -59,7 +58,7 @@ def test_cells_are_those_whose_centres_lie_inside(size: int, monkeypatch: pytest
 
 
 def test_all_ways_of_wrapping_a_polygon_draw_the_same() -> None:
-    expected = draw(FRAME, (1600, 1300))
+    expected, _ = draw(FRAME, (1600, 1300))
     collected = {"type": "GeometryCollection", "geometries": [FRAME, {"type": "Point", "coordinates": [1, 1]}]}
     for found in (
         feature(FRAME),
@@ -67,18 +66,51 @@ def test_all_ways_of_wrapping_a_polygon_draw_the_same() -> None:
         feature(collected),
         {"type": "FeatureCollection", "features": [feature(FRAME), feature(None)]},
     ):
-        assert np.array_equal(draw(found, (1600, 1300)), expected)
+        assert np.array_equal(draw(found, (1600, 1300))[0], expected)
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"type": "Polygon", "coordinates": []},
+        {"type": "Polygon", "coordinates": [[]]},
+        {"type": "Polygon", "coordinates": [[], []]},
+        {"type": "MultiPolygon", "coordinates": []},
+        {"type": "MultiPolygon", "coordinates": [[], [[]]]},
+        {"type": "GeometryCollection", "geometries": []},
+        {"type": "GeometryCollection", "geometries": [{"type": "Polygon", "coordinates": []}, None]},
+        {"type": "MultiPoint", "coordinates": []},
+    ],
+    ids=json.dumps,
+)
+def test_an_empty_geometry_adds_nothing(empty: dict[str, Any]) -> None:
+    expected, _ = draw(FRAME, (1600, 1300))
+    for beside in ([feature(empty), feature(FRAME)], [feature(FRAME), feature(empty), feature(None)]):
+        found, _ = draw({"type": "FeatureCollection", "features": beside}, (1600, 1300))
+        assert np.array_equal(found, expected)
+    with pytest.raises(CallError, match="has no polygon"):
+        draw(feature(empty), (1600, 1300))
+
+
+def test_rings_may_be_open_have_heights_and_empty_holes() -> None:
+    expected, _ = draw(FRAME, (1600, 1300))
+    outline, hole = FRAME["coordinates"]
+    for rings in ([outline[:-1], hole[:-1]], [[[*p, 7.5] for p in outline], hole], [outline, [], hole]):
+        found, _ = draw({"type": "Polygon", "coordinates": rings}, (1600, 1300))
+        assert np.array_equal(found, expected)
+    with pytest.raises(CallError, match="a polygon that is none"):
+        draw({"type": "Polygon", "coordinates": [[], hole]}, (1600, 1300))
 
 
 def test_what_reaches_beyond_the_slide_is_cut_at_its_border() -> None:
-    cells = draw({"type": "Polygon", "coordinates": [square(-1e12, -1e12, 2e12)]}, (1600, 1300))
+    cells, _ = draw({"type": "Polygon", "coordinates": [square(-1e12, -1e12, 2e12)]}, (1600, 1300))
     assert cells.all()
-    outside = draw({"type": "Polygon", "coordinates": [square(5000, 5000, 10)]}, (1600, 1300))
+    outside, _ = draw({"type": "Polygon", "coordinates": [square(5000, 5000, 10)]}, (1600, 1300))
     assert not outside.any()
 
 
 def test_a_polygon_thinner_than_a_cell_is_not_lost() -> None:
-    cells = draw({"type": "Polygon", "coordinates": [square(50_000.2, 70_000.4, 1)]}, (100_000, 100_000))
+    cells, _ = draw({"type": "Polygon", "coordinates": [square(50_000.2, 70_000.4, 1)]}, (100_000, 100_000))
     assert cells.shape == (4096, 4096)
     (y, x) = np.argwhere(cells).mean(axis=0)
     assert (round(x), round(y)) == (50_000 * 4096 // 100_000, 70_000 * 4096 // 100_000)
@@ -124,7 +156,7 @@ def test_run_takes_geojson_by_path_and_by_value(
     mask = dfx.open_features(kept[made_slide]).mask
     assert mask is not None
     assert mask.method == "GeoJSON"
-    assert np.array_equal(mask.cells, draw(BOTH, dfx.open_slide(made_slide).dimensions))
+    assert np.array_equal(mask.cells, draw(BOTH, dfx.open_slide(made_slide).dimensions)[0])
     with pytest.raises(CallError, match="has 'Sphere'"):
         extractor.run([made_slide], masks=[{"type": "Sphere"}], **options)
 

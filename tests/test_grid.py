@@ -19,7 +19,7 @@ import dfx
 from dfx import resolution as res
 from dfx.errors import CallError, CallTypeError, ResolutionError
 from dfx.grid import PatchGrid, covered
-from dfx.tissue import otsu, otsu_threshold
+from dfx.masks.tissue import otsu, otsu_threshold
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Bare:
     power: float | None = 40.0
     tissue: NDArray[np.bool_] | None = None
     identity: str = "bare"
+    bounds: tuple[int, int, int, int] | None = None
 
     def view(self, resolution: Any, units: res.Units) -> res.View:
         return res.view(self.downsamples, self.size, resolution, units, mpp=self.mpp, power=self.power, name="bare")

@@ -16,7 +16,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
     ["errors", "html"],
     ["remote"],
     ["resolution"],
-    ["tissue", "coords", "annotations"],
+    ["masks", "coords"],
     ["grid"],
     ["slides"],
     ["reader"],
@@ -39,7 +39,7 @@ ROOMS = [  # from the ground up; those of one line may not import each other
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 ALLOWED = {
-    "tifffile": {"slides"},
+    "tifffile": {"slides", "masks"},
     "openslide": {"slides"},
     "torch": {"encoders"},
     "timm": {"encoders"},

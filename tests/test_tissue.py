@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 import dfx
 from dfx import cli
+from dfx.masks.tissue import hsv, ink
 from dfx.slides.synthetic import outline, paint, write_picture
-from dfx.tissue import hsv, ink
 
 INKS = {"blue": (40, 70, 170), "green": (30, 120, 70), "black": (25, 25, 30), "red": (205, 30, 45)}
 SIZE = 1536, 1280

@@ -54,6 +54,12 @@ def add(commands: Any) -> None:
         help="which patches are kept (default: tissue, by Otsu's threshold); hsv leaves pen marks out; "
         "MODULE:FUNCTION finds tissue on a thumbnail; a file, an image or GeoJSON, is one slide's",
     )
+    p.add_argument(
+        "--mask-origin",
+        choices=["slide", "bounds"],
+        help="where the masks of slides with bounds (Leica SCN, MIRAX) begin: bounds for masks of QuPath, which crops "
+        "these slides, slide for those of the whole slide (default: an error where that is not certain)",
+    )
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the stores, or its URL")
@@ -109,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
     from dfx import cluster
     from dfx.counters import Counters, serve
     from dfx.extractor import DeepFeatureExtractor
+    from dfx.masks import is_method
     from dfx.table import read_table, rows_of
-    from dfx.tissue import is_method
 
     options = storage.options(args)
     if bool(args.slides) == bool(args.table):
@@ -149,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
         output_type="zarr",
         auto_get_mask=args.mask != "none",
         tissue=method or "otsu",
+        mask_origin=args.mask_origin,
         reading=args.reading,
         on_bad_tile=args.on_bad_tile,
         block_timeout=args.block_timeout,

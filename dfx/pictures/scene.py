@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dfx.masks import Mask
 from dfx.pictures.canvas import Colour, Picture
 from dfx.slides import Slide
-from dfx.tissue import Mask
 
 GREEN: Colour = (20, 110, 60)
 OUTLINE: Colour = (0, 110, 220)

@@ -13,6 +13,7 @@ from dfx import arrays, cluster, memory
 from dfx.encoders import EncoderSpec
 from dfx.errors import MemoryShortage, SlideError, StoreError
 from dfx.grid import PatchGrid
+from dfx.masks import Origin
 from dfx.plan import Options, Plan
 from dfx.resolution import Units
 from dfx.run.item import Item
@@ -33,6 +34,8 @@ class GridOptions:
     """Rows and columns between patches; None: the shape."""
     min_mask_ratio: float = 0.0
     """Share of a patch that must be above this under the mask."""
+    mask_origin: Origin | None = None
+    """Which corner masks begin at, of slides with bounds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +157,7 @@ class Request:
                 stride=where.stride,
                 mask=self.item.mask,
                 min_mask_ratio=where.min_mask_ratio,
+                mask_origin=where.mask_origin,
                 storage_options=self.item.storage_options,
             )
         except OSError as e:

@@ -106,6 +106,7 @@ def open_openslide(
         kept=CACHE_BYTES,
         overrides=(mpp, power),
         storage_options=storage_options,
+        bounds=bounds_of(properties),
         reopen=open_openslide,
     )
 
@@ -236,6 +237,15 @@ class Regions(TileGrid):
 def region_side(stored: int) -> int:
     """Give about 512 pixels, in whole tiles of the file."""
     return SIDE if stored > MOST_SIDE else max(SIDE // stored, 1) * stored
+
+
+def bounds_of(properties: Mapping[str, str]) -> tuple[int, int, int, int] | None:
+    """Read what was scanned, (x, y, width, height); None where OpenSlide does not say."""
+    values = [properties.get(f"openslide.bounds-{name}") for name in ("x", "y", "width", "height")]
+    if any(value is None for value in values):
+        return None
+    x, y, width, height = (int(value or 0) for value in values)
+    return (x, y, width, height) if width > 0 and height > 0 else None
 
 
 def notes(regions: Sequence[Regions], properties: Mapping[str, str]) -> list[str]:

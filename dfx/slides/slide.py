@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from dfx import html
 from dfx import resolution as res
-from dfx.errors import CallTypeError, ResolutionError, SlideError, TileError
+from dfx.errors import CallError, CallTypeError, ResolutionError, SlideError, TileError
+from dfx.masks import METHODS, Bounds, Segment, as_mask, has_dark_background, mask_of_image, method_name, segment_of
 from dfx.slides.ahead import announced
 from dfx.slides.cache import OPENED, TILES
 from dfx.slides.identity import checksum
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level, TileGrid, as_rgb
 from dfx.slides.source import ByteSource
-from dfx.tissue import Segment, as_mask, segment_of
 
 COMMON_POWERS = (1, 1.25, 2, 2.5, 4, 5, 10, 20, 40, 60, 90, 100)
 MOST_THUMBNAIL_PIXELS = 2**26
@@ -59,6 +59,9 @@ class Slide:
     overrides: tuple[tuple[float, float] | None, float | None] = (None, None)
     """mpp and power that the user gave."""
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    bounds: Bounds | None = None
+    """What was scanned, (x, y, width, height) at the baseline, where the file tells it from the whole slide: of Leica
+    SCN, and where OpenSlide has `openslide.bounds-*`. QuPath crops slides to it."""
     reopen: Callable[..., Slide] = field(default=None, repr=False)  # type: ignore[assignment]
     """Opens the same slide in another process."""
 
@@ -250,11 +253,36 @@ class Slide:
         function of a thumbnail, uint8 RGB (H, W, 3), that gives (H, W), or "module:function", which names one.
         The thumbnail is at 1.25x as TIAToolbox has it (6 mpp where only `mpp=` was given), or at the function's
         `mpp` where it has one. Where the slide says nothing of its resolution, it is a sixteenth of the baseline.
-        Raises `CallError` for a method that is not there, `ResolutionError` where an `mpp` can't be had.
+        Raises `CallError` for a method that is not there, `ResolutionError` where an `mpp` can't be had, and
+        `SlideError` where "otsu" or "hsv" would take a dark background for tissue, as in fluorescence.
         """
         segment = segment_of(method)
         mpp: float | None = getattr(segment, "mpp", None)
-        return as_mask(segment(self.picture(self._mask_view() if mpp is None else self.view(mpp, "mpp"))))
+        thumbnail = self.picture(self._mask_view() if mpp is None else self.view(mpp, "mpp"))
+        if segment in METHODS.values() and has_dark_background(self._within_bounds(thumbnail)):
+            raise SlideError(
+                f"{self.url} has a dark background, as in fluorescence, and {method_name(method)!r} finds tissue that "
+                "is darker than its surroundings: give mask=None for every patch, a mask, or a function that finds "
+                "what is bright."
+            )
+        return as_mask(segment(thumbnail))
+
+    def _within_bounds(self, thumbnail: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if self.bounds is None:
+            return thumbnail
+        scale = np.array(thumbnail.shape[1::-1]) / self.dimensions
+        x0, y0 = np.floor(self.bounds[:2] * scale).astype(int)
+        x1, y1 = np.ceil(np.add(self.bounds[:2], self.bounds[2:]) * scale).astype(int)
+        return thumbnail[y0:y1, x0:x1]
+
+    def as_mask(self) -> NDArray[np.bool_]:
+        """Give the slide's own pixels as a mask, bool (rows, columns): its file is read by `dfx.masks.read_mask`."""
+        if self.backend != "tiff":
+            raise CallError(
+                f"{self.url} is read through OpenSlide and can't be a mask: give an image file or an array."
+            )
+        with self.source.open() as file:
+            return mask_of_image(file, f"mask {self.url}")
 
     def _mask_view(self) -> res.View:
         power = self.power

@@ -95,8 +95,18 @@ def open_tiff(
         source=source,
         overrides=(mpp, power),
         storage_options=storage_options,
+        bounds=scanned(facts.levels[0]) if facts.vendor == "leica" else None,
         reopen=open_tiff,
     )
+
+
+def scanned(level: Level) -> tuple[int, int, int, int]:
+    """Give the rectangle (x, y, width, height) around the parts of a level."""
+    starts = np.array([part.origin_yx for part in level.parts])
+    stops = starts + [part.shape_yx for part in level.parts]
+    y, x = np.clip(starts.min(axis=0), 0, level.shape_yx).tolist()
+    bottom, right = np.clip(stops.max(axis=0), 0, level.shape_yx).tolist()
+    return x, y, right - x, bottom - y
 
 
 def refuse_other_formats(source: ByteSource) -> None:

@@ -31,10 +31,10 @@ import numpy as np
 import zarr
 
 from dfx.errors import StoreError
+from dfx.masks import Mask
 from dfx.plan import FORMAT, Head
 from dfx.store.disk import Disk
 from dfx.store.place import At, Place, place_of
-from dfx.tissue import Mask
 
 VERSION = version("dfx")
 META = "zarr.json"

@@ -14,10 +14,10 @@ from PIL import Image
 
 from dfx import html
 from dfx.errors import StoreError
+from dfx.masks import Mask
 from dfx.slides import Slide
 from dfx.store.layout import dfx_attributes
 from dfx.store.place import At, place_of
-from dfx.tissue import Mask
 
 
 class Features:

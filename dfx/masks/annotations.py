@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import CallError
+from dfx.masks.placing import Bounds, Origin, origin_of
 from dfx.remote import read_bytes, shown, suffix
 
 SIZE = 4096
@@ -22,7 +23,7 @@ FAR = 2**26
 """Cells beyond which a corner is drawn as if it were there: what OpenCV's integers hold."""
 SUFFIXES = (".geojson", ".json")
 
-Ring = NDArray[np.float64]
+Ring: TypeAlias = NDArray[np.float64]
 
 
 def is_annotation(mask: object) -> bool:
@@ -34,27 +35,34 @@ def draw(
     annotations: str | Path | Mapping[str, Any],
     size_xy: tuple[int, int],
     storage_options: Mapping[str, Any] | None = None,
-) -> NDArray[np.bool_]:
-    """Draw the polygons of GeoJSON over a slide of `size_xy` level-0 pixels: bool (rows, columns), true inside any.
+    *,
+    bounds: Bounds | None = None,
+    origin: Origin | None = None,
+) -> tuple[NDArray[np.bool_], Origin]:
+    """Draw the polygons of GeoJSON over a slide of `size_xy` level-0 pixels.
 
-    The GeoJSON itself, or a path or URL of its file.
+    Takes the GeoJSON itself, or a path or URL of its file. Returns bool (rows, columns), true inside any polygon, and
+    the origin of the coordinates (see `origin_of`).
 
     A Polygon, MultiPolygon, GeometryCollection, Feature, FeatureCollection or list of features; holes are left out
-    of their own polygon only, and points and lines, which have no area, altogether. A cell that an outline
-    passes counts as inside, so that nothing is too thin to be seen. Raises `CallError` for what is no such thing, or
-    has no polygon.
+    of their own polygon only. Points and lines, which have no area, and empty geometries (RFC 7946, 3.1) add nothing.
+    A cell that an outline passes counts as inside, so that nothing is too thin to be seen. Raises `CallError` for
+    other content, and for GeoJSON without any polygon.
     """
     name = "the mask" if isinstance(annotations, Mapping) else f"mask {shown(str(annotations))}"
     given = annotations if isinstance(annotations, Mapping) else read(str(annotations), storage_options)
     found = list(polygons(given, name))
     if not found:
         raise CallError(f"{name} has no polygon: draw areas, or give an image, an array, 'tissue' or None.")
+    origin = origin_of([rings[0] for rings in found], bounds, origin, name)
+    offset = bounds[:2] if bounds is not None and origin == "bounds" else (0, 0)
     scale = min(1.0, SIZE / max(size_xy))
     columns, rows = (max(1, round(size * scale)) for size in size_xy)
     cells = np.zeros((rows, columns), np.uint8)
     for rings in found:
         # The corner of a slide is that of a cell, whose number OpenCV has at its centre.
-        points = [np.clip(ring * ((columns, rows) / np.array(size_xy)) - 0.5, -FAR, FAR) for ring in rings]
+        per_cell = (columns, rows) / np.array(size_xy)
+        points = [np.clip((ring + offset) * per_cell - 0.5, -FAR, FAR) for ring in rings]
         low = np.clip(np.floor(points[0].min(axis=0)).astype(int) - 1, 0, (columns, rows))
         high = np.clip(np.ceil(points[0].max(axis=0)).astype(int) + 2, 0, (columns, rows))
         if (low >= high).any():
@@ -64,7 +72,7 @@ def draw(
         fixed = [np.rint((ring - low) * 2**SHIFT).astype(np.int32) for ring in points]
         cv2.fillPoly(part, fixed, 1, shift=SHIFT)
         np.maximum(cells[y0:y1, x0:x1], part, out=cells[y0:y1, x0:x1])
-    return cells > 0
+    return cells > 0, origin
 
 
 def read(address: str, storage_options: Mapping[str, Any] | None = None) -> Any:
@@ -97,7 +105,9 @@ def polygons(found: Any, name: str, depth: int = 0) -> Iterator[list[Ring]]:
             if part.get("geometry") is not None:  # GeoJSON allows a feature without a place
                 yield from polygons(part["geometry"], name, depth + 1)
         elif kind == "GeometryCollection":
-            yield from polygons(listed(part, "geometries", name), name, depth + 1)
+            # Some writers have null where RFC 7946 has a geometry with an empty list.
+            geometries = [geometry for geometry in listed(part, "geometries", name) if geometry is not None]
+            yield from polygons(geometries, name, depth + 1)
         elif kind == "Polygon":
             yield from rings_of([part.get("coordinates")], name)
         elif kind == "MultiPolygon":
@@ -117,14 +127,23 @@ def listed(part: Mapping[str, Any], key: str, name: str) -> list[Any]:
 
 
 def rings_of(found: list[Any], name: str) -> Iterator[list[Ring]]:
-    """Check the rings of polygons: float64 (n, 2), in level-0 pixels."""
+    """Check the rings of polygons: float64 (n, 2), in level-0 pixels; polygons and holes without corners are left out.
+
+    Positions may have more than two numbers (height), which have no meaning here, and rings may be open or closed.
+    """
     for polygon in found:
+        if isinstance(polygon, list) and all(ring == [] for ring in polygon):
+            continue
         try:
-            rings = [np.asarray([point[:2] for point in ring], np.float64) for ring in polygon]
-            right = bool(rings) and all(ring.ndim == 2 and ring.shape[1] == 2 for ring in rings)
+            outline, *holes = polygon
+            corners = [outline, *(hole for hole in holes if hole != [])]
+            rings = [np.asarray([point[:2] for point in ring], np.float64) for ring in corners]
+            right = all(ring.ndim == 2 and ring.shape[1] == 2 for ring in rings)
             right = right and all(len(ring) >= 3 and np.isfinite(ring).all() for ring in rings)
         except (TypeError, ValueError, KeyError, OverflowError):
             right = False
         if not right:
-            raise CallError(f"{name} has a polygon that is none: rings of 3 or more corners [x, y] in level-0 pixels.")
+            raise CallError(
+                f"{name} has a polygon that is none: give rings of 3 or more corners [x, y] in level-0 pixels."
+            )
         yield rings

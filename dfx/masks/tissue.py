@@ -1,14 +1,12 @@
-"""Tissue masks: from a thumbnail, from an array, from an image file."""
+"""Methods that find tissue in a thumbnail."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import cv2
@@ -16,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import CallError, CallTypeError
-from dfx.remote import is_remote, local_path, read_bytes, shown, suffix
 
 Thumbnail: TypeAlias = NDArray[np.uint8]
 Segment: TypeAlias = Callable[[Thumbnail], NDArray[Any]]
@@ -28,6 +25,9 @@ SMALLEST = 64
 """Cells of the least piece of tissue that is kept: (64 µm)² at the 1.25x of a mask."""
 LARGEST_HOLE = 1024
 """Cells of the largest hole that is filled: (256 µm)², a vessel or a gland, not the glass inside a ring."""
+DARK, BRIGHT = 64, 112
+"""Of 255: the brightest channel of most of a dark background is below the first; a quarter of what was scanned in bright
+field is above the second."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +91,29 @@ def ink(thumbnail: Thumbnail) -> NDArray[np.bool_]:
     red = ((hue < 6) | (hue >= 174)) & (saturation > 165)
     seeds = without_specks(black | green | blue | red, SMALLEST)
     return cv2.dilate(seeds.astype(np.uint8), disc(9)) > 0
+
+
+def has_dark_background(thumbnail: Thumbnail) -> bool:
+    """Whether a uint8 RGB thumbnail is mostly dark, as in fluorescence, where tissue is brighter than its surroundings.
+
+    Bright field in a black frame, by which some scanners fill what they skip, is not: within the frame are a few large
+    areas, which are bright, and are rectangles or as bright at their rims (glass) as inside.
+    """
+    value = thumbnail.max(axis=2)
+    if (value >= DARK).mean() >= 0.5 or value.max() == value.min():
+        return False
+    colours, counts = np.unique(thumbnail[value < DARK], axis=0, return_counts=True)
+    frame = colours[counts.argmax()].astype(np.int16)
+    scanned = (np.abs(thumbnail - frame) > 4).any(axis=2)
+    side = max(3, min(value.shape) // 16)
+    areas = cv2.morphologyEx(scanned.astype(np.uint8), cv2.MORPH_OPEN, np.ones((side, side), np.uint8))
+    if areas.sum() < 0.5 * scanned.sum() or np.percentile(value[areas > 0], 75) < BRIGHT:
+        return True
+    outlines, _ = cv2.findContours(areas, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    boxes = sum(width * height for *_, width, height in map(cv2.boundingRect, outlines))
+    whole = cv2.drawContours(np.zeros_like(areas), outlines, -1, 1, cv2.FILLED)
+    rim = whole > cv2.erode(whole, np.ones((5, 5), np.uint8), borderValue=0)
+    return bool(whole.sum() < 0.85 * boxes and np.median(value[rim]) < 0.8 * np.median(value[areas > 0]))
 
 
 def disc(size: int) -> NDArray[np.uint8]:
@@ -157,49 +180,3 @@ def method_name(method: str | Segment) -> str:
     if isinstance(method, str):
         return method
     return str(getattr(method, "name", None) or getattr(method, "__qualname__", type(method).__qualname__))
-
-
-def read_mask(path: str | Path, storage_options: Mapping[str, Any] | None = None) -> NDArray[np.bool_]:
-    """Read a mask from an image file or .npy, a path or a URL: bool (H, W), true where it isn't zero (black)."""
-    name = shown(str(path))
-    remedy = "give an image file (PNG, JPEG, TIFF), a .npy array, an array, 'tissue', 'hsv' or None."
-    if not is_remote(path) and not local_path(path).is_file():
-        raise CallError(f"mask {name} is not a file: {remedy}")
-    try:
-        data = read_bytes(path, storage_options)
-    except OSError as e:
-        raise CallError(f"mask {name} can't be read ({e}): {remedy}") from None
-    if suffix(path) == ".npy":
-        try:
-            return as_mask(np.load(io.BytesIO(data), allow_pickle=False))
-        except Exception as e:  # numpy raises ValueError, EOFError, TokenError, MemoryError and more
-            raise CallError(f"mask {name} can't be read ({type(e).__name__}: {e}): {remedy}") from e
-    try:
-        image = cv2.imdecode(np.frombuffer(data or b"\0", np.uint8), cv2.IMREAD_COLOR)
-    except cv2.error as e:
-        raise CallError(f"mask {name} can't be read ({e}): {remedy}") from e
-    if image is None:
-        raise CallError(f"mask {name} is not an image that can be read: {remedy}")
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) > 0)
-
-
-def as_mask(mask: object) -> NDArray[np.bool_]:
-    """Give a mask array (H, W) or (H, W, C) of any dtype as bool (H, W): true where not zero."""
-    if not isinstance(mask, np.ndarray):
-        raise CallTypeError(
-            f"a mask must be 'tissue', 'hsv', None, an array (H, W), an image path or a function, "
-            f"not {type(mask).__name__}."
-        )
-    if isinstance(mask, np.ma.MaskedArray):
-        mask = mask.filled(0)
-    if (
-        mask.ndim not in (2, 3)
-        or mask.size == 0
-        or (mask.ndim == 3 and mask.shape[2] > 4)
-        or mask.dtype.kind not in "biuf"
-    ):
-        raise CallError(
-            f"a mask array must be a numeric (H, W), or (H, W, C) with C up to 4, and have a pixel, "
-            f"not {mask.dtype} of shape {mask.shape}."
-        )
-    return np.asarray(mask != 0) if mask.ndim == 2 else np.asarray((mask != 0).any(axis=2))
