@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import dask
 import dask.array as da
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from dfx import cluster, kernel
 from dfx.encoders import EncoderSpec
 from dfx.errors import CallError, CallTypeError, DfxError, RunError, SlideError
+from dfx.masks import image_file
 from dfx.plan import Head, Options
 from dfx.remote import local_path
 
@@ -85,7 +85,11 @@ def check_shape(found: tuple[int, ...], asked: tuple[int, int] | None) -> tuple[
 
 
 def read_image(path: str) -> NDArray[np.uint8]:
-    """Read an image file or a .npy as uint8 RGB (rows, columns, 3); raises `SlideError`."""
+    """Read an image file or a .npy as uint8 RGB (rows, columns, 3); raises `SlideError`.
+
+    Rows and columns are as stored, as those of slides: tags of orientation are not applied. Grey becomes RGB, and a
+    transparent image is laid over white.
+    """
     file = Path(path)
     if file.suffix.lower() not in ENDINGS:
         raise SlideError(
@@ -94,18 +98,40 @@ def read_image(path: str) -> NDArray[np.uint8]:
     if not file.is_file():
         raise SlideError(f"{path} does not exist: check the path.")
     try:
-        if file.suffix.lower() == ".npy":
-            image = np.load(file, allow_pickle=False)
-        else:
-            decoded = cv2.imdecode(np.frombuffer(file.read_bytes() or b"\0", np.uint8), cv2.IMREAD_COLOR)
-            image = None if decoded is None else cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB)
-    except Exception as e:  # numpy and OpenCV raise many kinds
-        raise SlideError(f"{path} can't be read as an image ({e}).") from e
-    if image is None:
-        raise SlideError(f"{path} can't be read as an image: it is damaged or of another kind.")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        with file.open("rb") as opened:
+            if file.suffix.lower() == ".npy":
+                found = np.load(opened, allow_pickle=False)
+            else:
+                found = as_picture(image_file.read_image(opened))
+    except image_file.ImageError as e:
+        raise SlideError(f"{path} {e}.") from e
+    except Exception as e:  # numpy raises many kinds
+        raise SlideError(f"{path} can't be read as an image ({type(e).__name__}: {e}).") from e
+    if found.dtype != np.uint8 or found.ndim != 3 or found.shape[2] != 3:
         raise SlideError(f"{path} is no 8-bit RGB image: convert it.")
-    return np.asarray(image)
+    return np.asarray(found)
+
+
+def as_picture(image: image_file.Image) -> NDArray[Any]:
+    """Give an image of 8 bits in RGB, over white where it is transparent; other images as they are.
+
+    Raises `ImageError` for an image without any opaque pixel, and for pixels that the file lacks.
+    """
+    pixels = image.pixels
+    if pixels.dtype != np.uint8:
+        return pixels
+    if image.valid is not None and not image.valid.all():
+        raise image_file.ImageError("has pixels without data: fill them and save it again")
+    colours = pixels
+    if pixels.shape[2] in (2, 4):
+        alpha = pixels[..., -1:].astype(np.uint16)
+        if not alpha.any():
+            raise image_file.ImageError("is transparent in all pixels: save it without alpha")
+        colours = pixels[..., :-1]
+        if (alpha < 255).any():
+            inside = colours * np.uint16(1) if image.associated else (colours * alpha + 127) // 255
+            colours = np.minimum(inside + (255 - alpha), 255).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(colours, (*colours.shape[:2], 3)))
 
 
 def read_and_encode(

@@ -13,15 +13,18 @@ import dask
 import distributed
 import numpy as np
 import pytest
+import tifffile
 import torch
 import zarr
 from conftest import WSI
 from nets import Means, means
 from numpy.typing import NDArray
+from PIL import Image
 from torch import nn
 
 import dfx
 from dfx.errors import CallError, CallTypeError, RunError, SlideError, StoreError
+from dfx.loose import read_image
 from dfx.slides.synthetic import write_slide
 from dfx.store import layout, writing
 
@@ -439,6 +442,66 @@ def test_loose_patches_of_any_form_have_one_row_each(
     assert np.allclose(out["features"], means(loose), atol=1e-5)
     assert out["labels"] == list(range(10))
     assert "labels" not in extractor.run(given)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"), [(".png", "rgb16"), (".png", "grey16"), (".tif", "rgb16"), (".tif", "float"), (".npy", "rgb16")]
+)
+def test_loose_patches_of_other_dtypes_are_refused(
+    ending: str, kind: str, extractor: dfx.DeepFeatureExtractor, loose: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    deep: Any = loose[0].astype(np.uint16) * 16
+    deep = deep[..., 0] if kind == "grey16" else deep.astype(np.float32) if kind == "float" else deep
+    good, path = tmp_path / "good.png", tmp_path / f"deep{ending}"
+    good.write_bytes(cv2.imencode(".png", loose[0])[1].tobytes())
+    if ending == ".npy":
+        np.save(path, deep)
+    else:
+        path.write_bytes(cv2.imencode(ending, deep)[1].tobytes())
+    for given in ([path], [good, path]):
+        with pytest.raises(SlideError, match=rf"deep\{ending} is no 8-bit RGB image: convert it"):
+            extractor.run(given)
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif", ".webp"])
+def test_transparent_loose_patches_lie_over_white(
+    ending: str, extractor: dfx.DeepFeatureExtractor, loose: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    alpha = np.random.default_rng(1).integers(0, 256, (40, 30)).astype(np.uint8)
+    alpha[:20], alpha[20:25] = 255, 0
+    path = tmp_path / f"patch{ending}"
+    Image.fromarray(np.dstack([loose[0], alpha])).save(path, **({"lossless": True} if ending == ".webp" else {}))
+    white = Image.new("RGBA", (30, 40), "white")
+    expected = np.asarray(Image.alpha_composite(white, Image.open(path).convert("RGBA")).convert("RGB"))
+    found: Any = extractor.run([path])
+    assert np.allclose(found["features"], means(expected[None]), atol=2 / 255)
+    Image.fromarray(np.dstack([loose[0], alpha * 0])).save(path, **({"lossless": True} if ending == ".webp" else {}))
+    with pytest.raises(SlideError, match="transparent in all pixels: save it without alpha"):
+        extractor.run([path])
+
+
+@pytest.mark.parametrize("kind", ["grey PNG", "palette", "JPEG", "tiled TIFF", "planes", "turned by a tag"])
+def test_loose_patches_have_the_colours_of_their_files_and_rows_as_stored(
+    kind: str, loose: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    patch, path = loose[0], tmp_path / "patch.tif"
+    if kind == "grey PNG":
+        patch = np.repeat(patch[..., :1], 3, axis=2)
+        Image.fromarray(patch[..., 0]).save(path := tmp_path / "patch.png")
+    elif kind == "palette":
+        image = Image.fromarray(patch).quantize(64)
+        image.save(path := tmp_path / "patch.png")
+        patch = np.asarray(image.convert("RGB"))
+    elif kind == "JPEG":
+        path = tmp_path / "patch.jpg"
+        path.write_bytes(cv2.imencode(".jpg", patch)[1].tobytes())
+        patch = cv2.imread(str(path))[..., ::-1]
+    elif kind == "planes":
+        tifffile.imwrite(path, np.moveaxis(patch, -1, 0), photometric="rgb", planarconfig="separate")
+    else:
+        turned = [(274, "H", 1, 6, True)] if kind == "turned by a tag" else None
+        tifffile.imwrite(path, patch, photometric="rgb", tile=(16, 16), extratags=turned)
+    assert np.array_equal(read_image(str(path)), patch)
 
 
 def test_loose_patches_can_go_to_a_store(
