@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 import dfx
 from dfx import cli
-from dfx.masks.tissue import hsv, ink
+from dfx.errors import SlideError
+from dfx.masks.tissue import has_dark_background, hsv, ink
 from dfx.slides.synthetic import outline, paint, write_picture
 
 INKS = {"blue": (40, 70, 170), "green": (30, 120, 70), "black": (25, 25, 30), "red": (205, 30, 45)}
@@ -251,3 +252,71 @@ def test_the_command_line_names_what_finds_tissue(
         (None, False, "otsu"),
         (["m.png"], True, "otsu"),
     ]
+
+
+# A dark background
+
+
+def fluorescence(tint: tuple[float, float, float], level: int, share: float) -> NDArray[np.uint8]:
+    """Blurred spots of tissue in one colour on a dark, noisy background; `share`: of the picture that has spots."""
+    rng = np.random.default_rng(4)
+    field = cv2.GaussianBlur(rng.normal(size=(500, 640)), (0, 0), 7)
+    field = np.clip((field - np.quantile(field, 1 - share)) / (field.max() - field.min()) * 4, 0, 1)
+    glow = level + rng.normal(0, 2, (500, 640)) + field * 180
+    return np.clip(glow[..., None] * tint, 0, 255).astype(np.uint8)
+
+
+def bright_field(kind: str, clean: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bright field: as it is; in a frame of black, where the scanner skipped; full of dark tissue; dimly lit."""
+    found = cv2.resize(clean, (640, 532), interpolation=cv2.INTER_AREA)
+    if kind == "in a black frame":
+        return np.pad(found, ((500, 700), (600, 500), (0, 0)))
+    if kind == "two areas in a black frame":
+        return np.pad(np.pad(found, ((0, 0), (0, 400), (0, 0))), ((300, 300), (400, 500), (0, 0))) | np.pad(
+            found[:300, :300], ((600, 232), (1200, 440), (0, 0))
+        )
+    if kind == "dark tissue":
+        return (np.where(found < 225, found * 0.5, found)).astype(np.uint8)
+    return (found * 0.6).astype(np.uint8) if kind == "dimly lit" else found
+
+
+def as_slide(picture: NDArray[np.uint8], path: Path) -> dfx.Slide:
+    write_picture(path, picture, mpp=2.0)
+    return dfx.open_slide(path)
+
+
+@pytest.mark.parametrize("method", ["otsu", "hsv"])
+@pytest.mark.parametrize("tint", [(0, 0, 1), (0, 1, 0.1), (1, 1, 1)], ids=["blue", "green", "grey"])
+def test_a_dark_background_is_not_taken_for_tissue(
+    tint: tuple[float, float, float], method: str, tmp_path: Path
+) -> None:
+    for level, share in ((4, 0.05), (25, 0.3)):
+        assert has_dark_background(fluorescence(tint, level, share))
+    picture = np.kron(fluorescence(tint, 12, 0.2), np.ones((2, 2, 1), np.uint8))
+    slide = as_slide(picture, tmp_path / "slide.tif")
+    with pytest.raises(SlideError, match=r"slide\.tif has a dark background.*mask=None for every patch, a mask, or"):
+        dfx.PatchGrid.over(slide, shape=64, resolution=1.0, units="baseline", mask=method)
+    every = dfx.PatchGrid.over(slide, shape=64, resolution=1.0, units="baseline", mask=None)
+    assert len(every) == 20 * 16
+    kept = dfx.PatchGrid.over(slide, shape=64, resolution=1.0, units="baseline", mask=lambda t: t.max(axis=2) > 90)
+    assert 0 < len(kept) < len(every)
+
+
+@pytest.mark.parametrize(
+    "kind", ["as it is", "in a black frame", "two areas in a black frame", "dark tissue", "dimly lit"]
+)
+def test_bright_field_is_not_taken_for_fluorescence(kind: str, clean: NDArray[np.uint8]) -> None:
+    assert not has_dark_background(bright_field(kind, clean))
+
+
+def test_a_run_tells_each_slide_with_a_dark_background_once(
+    extractor: dfx.DeepFeatureExtractor, clean: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    good, dark_one = tmp_path / "good.tif", tmp_path / "dark.tif"
+    as_slide(clean, good)
+    as_slide(np.kron(fluorescence((0, 0, 1), 12, 0.2), np.ones((2, 2, 1), np.uint8)), dark_one)
+    options: Any = WSI | {"input_resolutions": [{"resolution": 1.0, "units": "baseline"}], "output_type": "dict"}
+    with pytest.raises(dfx.RunError) as caught:
+        extractor.run([good, dark_one], **options)
+    assert str(caught.value).count("has a dark background") == 1
+    assert "good.tif" not in str(caught.value)

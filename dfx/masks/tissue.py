@@ -26,8 +26,8 @@ SMALLEST = 64
 LARGEST_HOLE = 1024
 """Cells of the largest hole that is filled: (256 µm)², a vessel or a gland, not the glass inside a ring."""
 DARK, BRIGHT = 64, 112
-"""Of 255: the brightest channel of most of a dark background is below the first; a quarter of what was scanned in bright
-field is above the second."""
+"""Of 255: the brightest channel of most of a dark background is below DARK; a quarter of an area that was scanned in
+bright field is above BRIGHT."""
 
 
 @dataclass(frozen=True, eq=False)

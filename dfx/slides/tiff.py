@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tifffile
 
 from dfx.errors import DfxError, FormatError, SlideError, UnknownFormatError
