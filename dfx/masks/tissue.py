@@ -25,9 +25,9 @@ SMALLEST = 64
 """Cells of the least piece of tissue that is kept: (64 µm)² at the 1.25x of a mask."""
 LARGEST_HOLE = 1024
 """Cells of the largest hole that is filled: (256 µm)², a vessel or a gland, not the glass inside a ring."""
-DARK, BRIGHT = 64, 112
-"""Of 255: the brightest channel of most of a dark background is below DARK; a quarter of an area that was scanned in
-bright field is above BRIGHT."""
+DARK, BRIGHT, GLASS = 64, 112, 128
+"""Of 255: the brightest channel of most of a dark background is below the first, a quarter of a bright-field scan is
+above the second, and the darkest channel of glass is above the third."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def has_dark_background(thumbnail: Thumbnail) -> bool:
     """Whether a uint8 RGB thumbnail is mostly dark, as in fluorescence, where tissue is brighter than its surroundings.
 
     Bright field in a black frame, by which some scanners fill what they skip, is not: within the frame are a few large
-    areas, which are bright, and are rectangles or as bright at their rims (glass) as inside.
+    areas, which are bright, and are rectangles or have glass at their rims.
     """
     value = thumbnail.max(axis=2)
     if (value >= DARK).mean() >= 0.5 or value.max() == value.min():
@@ -113,7 +113,7 @@ def has_dark_background(thumbnail: Thumbnail) -> bool:
     boxes = sum(width * height for *_, width, height in map(cv2.boundingRect, outlines))
     whole = cv2.drawContours(np.zeros_like(areas), outlines, -1, 1, cv2.FILLED)
     rim = whole > cv2.erode(whole, np.ones((5, 5), np.uint8), borderValue=0)
-    return bool(whole.sum() < 0.85 * boxes and np.median(value[rim]) < 0.8 * np.median(value[areas > 0]))
+    return bool(whole.sum() < 0.85 * boxes and np.median(thumbnail.min(axis=2)[rim]) < GLASS)
 
 
 def disc(size: int) -> NDArray[np.uint8]:
