@@ -26,7 +26,7 @@ from dask.typing import Key
 from numpy.typing import NDArray
 
 from dfx import cluster, kernel, memory
-from dfx.encoders import EncoderLike, EncoderSpec, footprint, load_encoder, output, unusual_mpp
+from dfx.encoders import EncoderLike, EncoderSpec, footprint, load_encoder, measure, output, unusual_mpp
 from dfx.errors import CallError, CallTypeError, StoreError
 from dfx.grid import PatchGrid
 from dfx.plan import BlockWork, Head, Options, Plan, head_names
@@ -61,9 +61,11 @@ def features(
 ) -> da.Array:
     """Give a grid's features as a lazy array (N, D): row i belongs to `grid.coordinates[i]`.
 
-    `encoder`: what `load_encoder` takes or gives. A module is handed to the workers of the current
-    Dask client now. Warns where patches are far from the resolution that a named encoder was trained
-    at. Raises as `load_encoder` does, and `SlideError` when the slide is no picture.
+    `encoder`: what `load_encoder` takes or gives. A module is handed to the workers of the current Dask client now. It
+    also runs here, on the CPU, on synthetic patches: a worker on which it gives other features raises `WorkerMismatch`
+    rather than give them. A named encoder is not built here, so workers check the digest of its weights alone. Warns
+    where patches are far from the resolution that a named encoder was trained at. Raises as `load_encoder` does,
+    `EncoderError` for a module that fails, and `SlideError` when the slide is no picture.
     """
     options = Options(block_size=block_size, batch_size=batch_size, device=device, reading=reading)
     spec = load_encoder(encoder)
@@ -71,7 +73,7 @@ def features(
     if spec.named and (unusual := unusual_mpp(spec.name, plan.mpp)):
         warnings.warn(f"{slide.url}: {unusual}", UserWarning, stacklevel=2)
     cluster.share(spec)
-    return lazy_features(plan)
+    return lazy_features(replace(plan, heads=measured_modules(plan.heads, grid.pixels_yx)))
 
 
 def check_pair(slide: object, grid: object) -> None:
@@ -89,6 +91,25 @@ def make_plan(slide: Slide, grid: PatchGrid, encoders: Sequence[EncoderSpec], op
     check_pair(slide, grid)
     slide.check_picture(grid.view.level)
     return Plan(slide, grid, make_heads(encoders, grid.pixels_yx), options)
+
+
+def measured(plan: Plan, device: str, threads: int | None = None) -> Plan:
+    """Run a plan's encoders on synthetic patches in this process; raises `EncoderError`.
+
+    A slide without patches has no features to compare, and its encoders are not built.
+    """
+    if not len(plan.grid):
+        return plan
+    shape = plan.grid.pixels_yx
+    heads = (replace(h, behaviour=measure(h.encoder, device, shape, threads=threads)) for h in plan.heads)
+    return replace(plan, heads=tuple(heads))
+
+
+def measured_modules(heads: Sequence[Head], shape_yx: tuple[int, int], channels: int = 3) -> tuple[Head, ...]:
+    """Run the given modules among encoders on synthetic patches in this process, which has them, on the CPU."""
+    return tuple(
+        h if h.encoder.named else replace(h, behaviour=measure(h.encoder, "cpu", shape_yx, channels)) for h in heads
+    )
 
 
 def make_heads(encoders: Sequence[EncoderSpec], shape_yx: tuple[int, int], channels: int = 3) -> tuple[Head, ...]:
@@ -161,6 +182,7 @@ def encode_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.floating[
     """Read and encode a block on a worker, when there is room for it."""
     options, threads = work.options, cluster.task_threads()
     if options.memory_threshold is None:
+        cluster.check_encoders(work.heads, options.device, threads)
         return kernel.encode_block(steps_xy, work, threads=threads, meter=cluster.meter)
     key = tuple(head.encoder for head in work.heads)
     limit, asked = cluster.memory_limit(), min(options.batch_size, len(steps_xy))
@@ -169,6 +191,7 @@ def encode_task(steps_xy: NDArray[Any], work: BlockWork) -> NDArray[np.floating[
     with memory.GUARD.admit(key, work.needs, asked, options.memory_threshold, limit) as (batch, tell):
         if batch < asked:
             work = replace(work, options=replace(options, batch_size=batch))
+        cluster.check_encoders(work.heads, options.device, threads)
         found = kernel.encode_block(steps_xy, work, threads=threads, meter=timed, damaged=damaged, tell=tell)
     if work.notes is not None:
         said: dict[str, Any] = {"seconds": timed.seconds, "damaged_tiles": sorted(damaged)}

@@ -59,6 +59,23 @@ class MemoryShortage(DfxError):
     """A worker has no room for a block, however small its batches."""
 
 
+class WorkerMismatch(DfxError):
+    """A worker whose encoder gives other features than the run was planned with: it gets no blocks."""
+
+    def __init__(self, worker: str, difference: str) -> None:
+        super().__init__(worker, difference)
+        self.worker = worker
+        """Its address."""
+        self.difference = difference
+        """Which encoder differs, and how much."""
+
+    def __str__(self) -> str:
+        return (
+            f"worker {self.worker} differs from the process that planned: {self.difference}. "
+            "Use one environment or image, and sound devices, for all workers."
+        )
+
+
 class RunError(DfxError):
     """Some slides of a run failed; the others are done.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from dfx import cluster, loose
-from dfx.arrays import make_heads
+from dfx.arrays import make_heads, measured_modules
 from dfx.call import (
     check_count,
     check_percent,
@@ -88,6 +88,7 @@ class DeepFeatureExtractor:
         block_size: int = 256,
         reading: Literal["exact", "fast"] = "exact",
         on_bad_tile: Literal["fail", "fill"] = "fail",
+        allow_nondeterministic: bool = False,
         block_timeout: float = TIMEOUT,
         notify: Callable[[Event], None] | None = None,
         batch_size: int | None = None,
@@ -130,7 +131,8 @@ class DeepFeatureExtractor:
           while they are decoded where patches are shrunk by an even factor; on slides with subsampled chroma (4:2:0)
           tissue then differs from "exact" by 1.3 grey levels on average and up to 33.
           `on_bad_tile`: "fill" leaves a tile that can't be decoded white, and names it in the store.
-          `block_timeout`: seconds after which a block that hangs is given up, and its slide with it.
+          `allow_nondeterministic` resumes stores that are half done also with an encoder whose features differ from
+          run to run. `block_timeout`: seconds after which a block that hangs is given up, and its slide with it.
           `notify` is called with each `dfx.run` event: slides planned, done and failed, blocks done.
           `batch_size`, `num_workers`, `device`, `verbose`: as in the constructor, for this call.
         - `output_file`: name of the store in patch mode. `return_probabilities`, `class_dict`,
@@ -147,6 +149,7 @@ class DeepFeatureExtractor:
             reading=reading,
             on_bad_tile=on_bad_tile,
             memory_threshold=check_percent(memory_threshold),
+            allow_nondeterministic=bool(allow_nondeterministic),
         )
         timeout = check_seconds(block_timeout)
         if notify is not None and not callable(notify):
@@ -228,6 +231,8 @@ class DeepFeatureExtractor:
                 raise CallError(f"{store} exists: pass overwrite=True to replace it, or another output_file=.")
         heads = make_heads(self.encoders, patches.shape_yx, patches.channels)
         running = client or cluster.current_client()
+        if running is not None:  # its workers may be other processes
+            heads = measured_modules(heads, patches.shape_yx, patches.channels)
         with cluster.admitted(running, options.device) if running else nullcontext(options.device) as device:
             same = replace(options, device=device)
             features = [loose.encode_all(patches, head, same, running) for head in heads]

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx import cluster, kernel
-from dfx.encoders import EncoderSpec
 from dfx.errors import CallError, CallTypeError, DfxError, RunError, SlideError
 from dfx.masks import image_file
 from dfx.plan import Head, Options
@@ -134,9 +133,7 @@ def as_picture(image: image_file.Image) -> NDArray[Any]:
     return np.ascontiguousarray(np.broadcast_to(colours, (*colours.shape[:2], 3)))
 
 
-def read_and_encode(
-    block: NDArray[Any], encoder: EncoderSpec, options: Options, shape_yx: tuple[int, int]
-) -> NDArray[Any]:
+def read_and_encode(block: NDArray[Any], head: Head, options: Options, shape_yx: tuple[int, int]) -> NDArray[Any]:
     """Encode a block of patches, reading them first where they are paths."""
     if block.dtype.kind == "U":
         images = []
@@ -148,18 +145,20 @@ def read_and_encode(
                 )
             images.append(image)
         block = np.stack(images)
+    threads = cluster.task_threads()
+    cluster.check_encoders([head], options.device, threads, block.shape[3])
     return kernel.encode_patches(
-        block, encoder, batch_size=options.batch_size, device=options.device, threads=cluster.task_threads()
+        block, head.encoder, batch_size=options.batch_size, device=options.device, threads=threads
     )
 
 
 def encode_all(patches: Patches, head: Head, options: Options, client: Any = None) -> NDArray[np.floating[Any]]:
     """Encode loose patches, (N, D), on a client's workers (None: on threads of this process)."""
-    encoder, dim, dtype = head.encoder, head.dim, head.dtype
-    cluster.share(encoder, client)
+    dim, dtype = head.dim, head.dtype
+    cluster.share(head.encoder, client)
     source = patches.source if patches.source.ndim == 4 else patches.source[:, None]
     blocks = da.from_array(source, chunks=(options.block_size, *source.shape[1:]))
-    task = partial(read_and_encode, encoder=encoder, options=options, shape_yx=patches.shape_yx)
+    task = partial(read_and_encode, head=head, options=options, shape_yx=patches.shape_yx)
     lazy = da.map_blocks(
         task,
         blocks,

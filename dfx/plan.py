@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dfx.encoders import EncoderSpec
+from dfx.encoders import Behaviour, EncoderSpec
 from dfx.errors import CallError, CallTypeError
 from dfx.grid import PatchGrid
 from dfx.reader import working_memory
@@ -50,6 +50,8 @@ class Options:
     """"fill": a tile that can't be decoded is white, and its name goes to the store; "fail": the slide fails."""
     memory_threshold: float | None = None
     """Percent of a worker's memory above which batches are halved and blocks wait; None: whatever is free."""
+    allow_nondeterministic: bool = False
+    """Whether a store that is half done may be resumed with an encoder whose features differ from run to run."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "batch_size"):
@@ -88,6 +90,8 @@ class Head:
     """Bytes of its parameters."""
     activations: int = 0
     """Bytes a patch while it computes."""
+    behaviour: Behaviour | None = None
+    """What it gives for synthetic patches in the process that planned; None: not measured."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,10 @@ class Plan:
         return {} if self.grid.resampled_yx is None else {"pixels": list(self.grid.resampled_yx)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that the stored features depend on, as JSON values: equal exactly when a run may be resumed."""
+        """Give what the stored features depend on, as JSON values that must be equal where a run is resumed.
+
+        `dfx.store.fingerprint` compares them, and the behaviour of the encoders.
+        """
         slide, view = self.slide, self.grid.view
         return {
             "format": FORMAT,
@@ -261,14 +268,19 @@ class Plan:
 
 
 def describe_heads(heads: Sequence[Head], *, weights: bool = True) -> dict[str, Any]:
-    """What a store says of its encoders: "encoder", or "encoders" by name where there are several.
+    """Describe encoders for a store: "encoder", or "encoders" by name where there are several.
 
-    `weights`: also where they came from, which features do not depend on.
+    `weights`: also where they came from, on which features do not depend, and the measured behaviour, which is compared
+    within a tolerance.
     """
 
     def describe(head: Head) -> dict[str, Any]:
-        source = {"weights": head.encoder.weights} if weights else {}
-        return {**head.encoder.describe(), **source, "dimension": head.dim, "dtype": str(head.dtype)}
+        found = {**head.encoder.describe(), "dimension": head.dim, "dtype": str(head.dtype)}
+        if weights:
+            found["weights"] = head.encoder.weights
+            if head.behaviour is not None:
+                found["behaviour"] = head.behaviour.describe()
+        return found
 
     if len(heads) == 1:
         return {"encoder": describe(heads[0])}
@@ -288,24 +300,6 @@ def head_names(encoders: Sequence[EncoderSpec]) -> list[str]:
             name = f"{stem}-{count}"
         names.append(name)
     return names
-
-
-def differences(stored: dict[str, Any], planned: dict[str, Any]) -> list[str]:
-    """Name the fields in which two fingerprints differ, with both values."""
-    found = []
-    for name in [*planned, *sorted(stored.keys() - planned.keys())]:
-        old, new = stored.get(name), planned.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += [f"{name} {line}" for line in differences(old, new)]
-        elif old != new:
-            found.append(f"{name}: stored {short(old)}, asked {short(new)}")
-    return found
-
-
-def short(value: Any) -> str:
-    """Give a value for a message; of a digest, its beginning and end."""
-    text = str(value)
-    return f"{text[:12]}…{text[-4:]}" if len(text) > 30 and isinstance(value, str) else text
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,7 +326,10 @@ class BlockWork:
     def __reduce__(self) -> tuple[Any, ...]:
         # Values without field names: every task carries this, and a task is to stay below 4 kB.
         view, options = (tuple(getattr(part, f.name) for f in fields(part)) for part in (self.grid.view, self.options))
-        heads = tuple((head.name, head.encoder.values(), head.dim, str(head.dtype)) for head in self.heads)
+        heads = tuple(
+            (h.name, h.encoder.values(), h.dim, str(h.dtype), None if h.behaviour is None else h.behaviour.values())
+            for h in self.heads
+        )
         needs = tuple(getattr(self.needs, f.name) for f in fields(self.needs))
         grid = self.grid.shape_yx, self.grid.stride_yx, self.grid.resampled_yx, view
         return _restored, (self.slide, *grid, heads, options, needs, self.notes)
@@ -350,11 +347,14 @@ def _restored(
     stride_yx: tuple[int, int],
     resampled_yx: tuple[int, int] | None,
     view: tuple[Any, ...],
-    heads: tuple[tuple[str, tuple[Any, ...], int, str], ...],
+    heads: tuple[tuple[str, tuple[Any, ...], int, str, tuple[Any, ...] | None], ...],
     options: tuple[Any, ...],
     needs: tuple[int, ...],
     notes: Any,
 ) -> BlockWork:
     grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16), resampled_yx=resampled_yx)
-    made = tuple(Head(name, EncoderSpec(*values), dim, np.dtype(dtype)) for name, values, dim, dtype in heads)
+    made = tuple(
+        Head(name, EncoderSpec(*values), dim, np.dtype(dtype), behaviour=None if seen is None else Behaviour(*seen))
+        for name, values, dim, dtype, seen in heads
+    )
     return BlockWork(slide, grid, made, Options(*options), Needs(*needs), notes)

@@ -41,6 +41,13 @@ class Slow(Means):
         return super().forward(x)
 
 
+class Odd(Means):
+    """Gives other features in a process whose environment says so."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1.01 if os.environ.get("DFX_TEST_ODD") else 1)
+
+
 class Deadly(Means):
     """Ends its process at patches that hang far over the lower edge of their slide."""
 

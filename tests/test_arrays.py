@@ -60,7 +60,7 @@ def test_one_task_a_block_below_4_kb_however_large_the_slide(
     slide: dfx.Slide, tmp_path: Path, resnet18: dfx.EncoderSpec
 ) -> None:
     grid = dfx.PatchGrid.over(slide, shape=64, stride=16, resolution=0.5, units="mpp", mask="tissue")
-    plan = arrays.make_plan(slide, grid, [resnet18], Options())
+    plan = arrays.measured(arrays.make_plan(slide, grid, [resnet18], Options()), "cpu")
     store = Store.prepare(tmp_path / "a-slide-with-a-name-as-long-as-those-of-TCGA-are-DX1.5B3C2D1E.zarr", plan)
     written = arrays.written(arrays.lazy_features(plan), store.target)
     blocks = plan.blocks

@@ -104,6 +104,11 @@ def add(commands: Any) -> None:
         help="fill: a tile that can't be decoded is white, and named in the store (default: its slide fails)",
     )
     p.add_argument(
+        "--allow-nondeterministic",
+        action="store_true",
+        help="resume stores that are half done also with an encoder whose features differ from run to run",
+    )
+    p.add_argument(
         "--block-timeout", type=float, default=3600, metavar="S", help="seconds until what hangs is given up (3600)"
     )
     p.add_argument("--metrics-port", type=int, metavar="N", help="serve counters to Prometheus at this port")
@@ -158,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
         mask_origin=args.mask_origin,
         reading=args.reading,
         on_bad_tile=args.on_bad_tile,
+        allow_nondeterministic=args.allow_nondeterministic,
         block_timeout=args.block_timeout,
         memory_threshold=args.memory_threshold,
         wsireader_kwargs={name: value for name, value in given.items() if value is not None},

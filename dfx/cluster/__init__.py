@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dfx.cluster.admission import admitted
+from dfx.cluster.admission import admitted, check_encoders, check_same, turn_away
 from dfx.cluster.connecting import check_client, connect, current_client, has_worker, security_of
 from dfx.cluster.machine import client_or_embedded, embedded, local, on_this_machine
 from dfx.cluster.pods import cluster_spec, kubernetes
@@ -12,6 +12,8 @@ from dfx.cluster.tasks import memory_limit, meter, share, task_threads
 __all__ = [
     "admitted",
     "check_client",
+    "check_encoders",
+    "check_same",
     "client_or_embedded",
     "cluster_spec",
     "connect",
@@ -27,4 +29,5 @@ __all__ = [
     "security_of",
     "share",
     "task_threads",
+    "turn_away",
 ]

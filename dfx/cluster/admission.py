@@ -1,11 +1,11 @@
-"""Whether a cluster fits a run: the same versions everywhere, and the device that was asked for on each worker."""
+"""Whether a cluster fits a run: the same versions everywhere, the device that was asked for, and the same features."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,8 +14,9 @@ from distributed.core import Status
 from distributed.versions import get_versions
 
 from dfx.cluster.tasks import register
-from dfx.encoders import device_here
-from dfx.errors import CallError, EncoderError
+from dfx.encoders import Behaviour, behaviour_difference, device_here, measure
+from dfx.errors import CallError, EncoderError, WorkerMismatch
+from dfx.plan import Head
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,46 @@ def admitted(client: distributed.Client, device: str) -> Iterator[str]:
         if client.status == "running":
             with suppress(OSError):  # the scheduler went away, and the plugin with it
                 client.unregister_worker_plugin(plugin.name)
+
+
+def check_encoders(heads: Sequence[Head], device: str, threads: int | None = None, channels: int = 3) -> None:
+    """Compare what the encoders of a plan give in this process with what they gave where it was planned.
+
+    A process measures once per encoder, device and shape. Raises `WorkerMismatch`.
+    """
+    for head in heads:
+        expected = head.behaviour
+        if expected is not None and expected.deterministic:
+            found = measure(head.encoder, device, expected.shape_yx, channels, threads=threads)
+            check_same(head.name, expected, found)
+
+
+def check_same(encoder: str, expected: Behaviour, found: Behaviour) -> None:
+    """Raise `WorkerMismatch` where this process's behaviour is not the expected one; random ones are not compared."""
+    if not (expected.deterministic and found.deterministic):
+        return
+    how = behaviour_difference(expected, found)
+    if how:
+        raise WorkerMismatch(_address(), f"{encoder}: {how}")
+
+
+def _address() -> str:
+    try:
+        return str(distributed.get_worker().address)
+    except ValueError:
+        return "this process"
+
+
+def turn_away(client: distributed.Client, worker: str) -> None:
+    """Have a worker leave a cluster; the tasks that it has go to others, and none is blamed."""
+    if worker in client.retire_workers([worker], close_workers=True):
+        return
+    client.run(_close, workers=[worker], on_error="ignore")  # nobody takes what it holds, so that is made again
+
+
+async def _close(dask_worker: distributed.Worker) -> None:
+    dask_worker.status = Status.closing_gracefully
+    dask_worker.loop.add_callback(dask_worker.close, reason="dfx-worker-mismatch")
 
 
 def versions(packages: Mapping[str, Any]) -> Versions:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from dfx.encoders.behaviour import BEHAVIOURS, Behaviour, behaviour_difference, measure, read_behaviour
 from dfx.encoders.cards import Card, list_encoders, unusual_mpp
 from dfx.encoders.segmenter import Segmenter, load_segmenter
 from dfx.encoders.spec import EncoderSpec, Triple
@@ -23,10 +24,13 @@ if TYPE_CHECKING:
 EncoderLike: TypeAlias = "str | nn.Module | EncoderSpec"
 
 __all__ = [
+    "BEHAVIOURS",
+    "Behaviour",
     "Card",
     "EncoderLike",
     "EncoderSpec",
     "Segmenter",
+    "behaviour_difference",
     "check_device",
     "device_here",
     "encode",
@@ -34,7 +38,9 @@ __all__ = [
     "list_encoders",
     "load_encoder",
     "load_segmenter",
+    "measure",
     "output",
+    "read_behaviour",
     "unusual_mpp",
 ]
 

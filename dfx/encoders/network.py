@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dfx.encoders import named
+from dfx.encoders.behaviour import TOLERANCES, coarsest
 from dfx.encoders.modules import module_of
 from dfx.encoders.outputs import pool, rows_of, to_numpy
 from dfx.encoders.prepare import Prepare
@@ -145,25 +146,43 @@ class Network:
         self.precision = spec.cpu_precision if device.type == "cpu" else spec.precision
         if device.type != "cpu":
             self.module = copy.deepcopy(module).to(device).to(memory_format=torch.channels_last)
+        self._uncompiled = self.module
         if spec.compiled:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
         self._lock = threading.Lock()
         self._prepare = Prepare(spec, device)
 
+    @property
+    def arithmetic(self) -> str:
+        """The coarsest number format that it computes in, which decides how much features may differ elsewhere.
+
+        On a GPU that has it, TF32 is what torch takes for the convolutions of float32.
+        """
+        found = {self.precision} | {str(t.dtype).removeprefix("torch.") for t in self._uncompiled.parameters()}
+        if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0) and tf32_is_on():
+            found.add("tf32")
+        if torch.get_float32_matmul_precision() == "medium":
+            found.add("bfloat16")
+        return coarsest(name for name in found if name in TOLERANCES)
+
     @torch.inference_mode()
     def __call__(
-        self, patches: NDArray[np.uint8], *, batch_size: int, threads: int | None = None
+        self, patches: NDArray[np.uint8], *, batch_size: int, threads: int | None = None, compiled: bool = True
     ) -> NDArray[np.floating[Any]]:
         """Encode uint8 patches (N, rows, columns, 3) to (N, D), `batch_size` at a time.
 
-        `threads` is how many torch may use on a CPU (None: as the process has it).
+        `threads` is how many torch may use on a CPU (None: as the process has it). `compiled`: False runs a
+        compiled network as it is without that.
         """
+        module = self.module if compiled else self._uncompiled
         rows = []
         for start in range(0, len(patches), batch_size):
             batch = patches[start : start + batch_size]
             try:
                 rows.append(
-                    self._honour(batch, threads) if self.spec.kind == "tiatoolbox" else self._run(batch, threads)
+                    self._honour(batch, threads)
+                    if self.spec.kind == "tiatoolbox"
+                    else self._run(module, batch, threads)
                 )
             except EncoderError:
                 raise
@@ -174,10 +193,10 @@ class Network:
                 ) from e
         return np.concatenate(rows)
 
-    def _run(self, batch: NDArray[np.uint8], threads: int | None) -> NDArray[np.floating[Any]]:
+    def _run(self, module: nn.Module, batch: NDArray[np.uint8], threads: int | None) -> NDArray[np.floating[Any]]:
         x = self._prepare(batch)
         with self._lock, torch_threads(threads if self.device.type == "cpu" else None), self._autocast():
-            out = pool(self.module(x), self.spec, len(batch))
+            out = pool(module(x), self.spec, len(batch))
             found = to_numpy(out if self.spec.kind == "module" and self.precision == "float32" else out.float())
         # A module that gives part of what it was given would see its features change with the next batch.
         return found.copy() if self.device.type == "cpu" and np.may_share_memory(found, x.numpy()) else found
@@ -194,6 +213,14 @@ class Network:
         with self._lock, torch_threads(threads if self.device.type == "cpu" else None):
             out = self.module.infer_batch(self.module, torch.from_numpy(np.stack(ready)), device=str(self.device))  # type: ignore[operator]
         return to_numpy(rows_of(out, len(batch), self.spec.name))
+
+
+def tf32_is_on() -> bool:
+    """Whether torch may use TF32 for float32 on a GPU."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set for some of the operations
+        return True
 
 
 @contextlib.contextmanager

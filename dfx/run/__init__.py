@@ -18,15 +18,16 @@ from typing import Any, Literal
 import distributed
 
 from dfx import cluster, html, memory
-from dfx.encoders import EncoderSpec, Segmenter, unusual_mpp
-from dfx.errors import DfxError, RunError
+from dfx.encoders import BEHAVIOURS, EncoderSpec, Segmenter, measure, unusual_mpp
+from dfx.errors import DfxError, EncoderError, RunError
+from dfx.grid import whole_pair
 from dfx.plan import Options
 from dfx.run import health
 from dfx.run.driver import Driver
 from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled, Timed
 from dfx.run.item import Item
 from dfx.run.job import labelled, one_or_named
-from dfx.run.planning import GridOptions, Planned, Request
+from dfx.run.planning import Expected, GridOptions, Planned, Request
 from dfx.store import Place, check_ours, open_features, place_of
 
 __all__ = [
@@ -133,12 +134,21 @@ def run_slides(
             (item, Request(item, tuple(encoders), where, same, None if kept else place_of_item(item), overwrite))
             for item in items
         )
-        for event in Driver(client, requests, keeps=keeps, cache=place_of_item, timeout=block_timeout).events():
+        driver = Driver(
+            client,
+            requests,
+            keeps=keeps,
+            cache=place_of_item,
+            timeout=block_timeout,
+            expected=expected_of(encoders, where, client),
+        )
+        for event in driver.events():
             if isinstance(event, Planned):
                 for encoder in encoders:
                     warn_of_mpp(event, encoder, warned)
                 if event.doubt:
                     warnings.warn(event.doubt, stacklevel=2)
+                warn_of_random(event, warned)
                 if not event.patches:
                     address = event.item.address
                     warnings.warn(f"{address} has no patch under its mask: its features are empty.", stacklevel=2)
@@ -166,6 +176,34 @@ def warn_of_mpp(planned: Planned, encoder: EncoderSpec, warned: set[str]) -> Non
     if unusual:
         warned.add(encoder.name)
         warnings.warn(f"{planned.item.address}: {unusual}", UserWarning, stacklevel=3)
+
+
+def warn_of_random(planned: Planned, warned: set[str]) -> None:
+    """Warn, once a run, of encoders whose features differ from run to run."""
+    for name, behaviour in zip(planned.names, planned.behaviours, strict=True):
+        if behaviour is not None and not behaviour.deterministic and f"random {name}" not in warned:
+            warned.add(f"random {name}")
+            warnings.warn(
+                f"the features of {name} differ from run to run (dropout or sampling in forward?): its stores say so, "
+                "and are not resumed unless allow_nondeterministic=True.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def expected_of(encoders: Sequence[EncoderSpec], where: GridOptions, client: distributed.Client) -> Expected:
+    """Give what encoders must give on every worker, as far as this process knows: given modules, since it has them.
+
+    Of named encoders, the first slide that is planned decides. Workers of this process are this process.
+    """
+    BEHAVIOURS.clear()  # a module may call functions that were changed since the last run
+    if client.scheduler.address.startswith("inproc://") or all(encoder.named for encoder in encoders):
+        return {}
+    shape = whole_pair(where.shape, "patch_input_shape")
+    try:
+        return {shape: tuple(None if encoder.named else measure(encoder, "cpu", shape) for encoder in encoders)}
+    except EncoderError:  # a module that needs a GPU; one that fails everywhere fails as slides are planned
+        return {}
 
 
 def in_arrays(event: SlideDone) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from dask.highlevelgraph import HighLevelGraph
 from dask.typing import Key
 from distributed.scheduler import KilledWorker
 
-from dfx import store
-from dfx.errors import ClusterLost, DfxError, MemoryShortage, SlideError
+from dfx import cluster, store
+from dfx.errors import ClusterLost, DfxError, MemoryShortage, SlideError, WorkerMismatch
 from dfx.run import health
 from dfx.run.events import BlockDone, Event, SlideDone, SlideFailed, Stopping, Throttled, Timed
 from dfx.run.flights import TRIES, Block, Closing, Finish, Flight, Planning, described
 from dfx.run.item import Item
 from dfx.run.job import Job
-from dfx.run.planning import Planned, Request
+from dfx.run.planning import Expected, Planned, Request
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,13 @@ class Driver:
         keeps: Callable[[Planned], bool],
         cache: Callable[[Item], store.Place],
         timeout: float,
+        expected: Expected,
     ) -> None:
         """Take the slides to be made.
 
         `keeps`: whether what comes back of a slide that was planned without a store has room here; `cache`:
-        its store else. `timeout`: seconds after which a task is given up.
+        its store else. `timeout`: seconds after which a task is given up. `expected`: what is known already of what
+        the encoders must give on each worker.
         """
         self.client = client
         self.timeout = timeout
@@ -79,6 +81,8 @@ class Driver:
         self._looked = time.monotonic()
         self._watch = health.Watch(self._looked)
         self._begun: dict[Key, float] = {}
+        self._expected = dict(expected)
+        self._unfit: dict[str, str] = {}
 
     def events(self) -> Iterator[Event]:
         """Make all slides, and tell what happens."""
@@ -150,6 +154,8 @@ class Driver:
 
     def _plan_ahead(self, most: int) -> None:
         planning = sum(isinstance(flight, Planning) for flight in self._flying.values())
+        if not any(None not in behaviours for behaviours in self._expected.values()):
+            most = 1  # the first plan says what all other workers must give
         while planning + len(self._ready) < most:
             if self._again:
                 flight = self._again.popleft()
@@ -159,7 +165,8 @@ class Driver:
                     return
                 item, request = following
                 flight = Planning(replace(request, item=replace(item, given=())), item)
-            self._start(f"dfx-plan-{uuid.uuid4().hex}", flight.request, flight)
+            request = replace(flight.request, expected=self._expected)
+            self._start(f"dfx-plan-{uuid.uuid4().hex}", request, flight)
             planning += 1
 
     def _start(self, key: Key, work: Callable[[], object], flight: Flight) -> None:
@@ -226,6 +233,9 @@ class Driver:
                 yield from self._made(flight, value)
             else:
                 yield SlideDone(flight.job.item, flight.job.result())
+        elif isinstance(error, WorkerMismatch):
+            yield from self._turn_away(error)
+            yield from self._try_again(flight, None)
         elif isinstance(error, KilledWorker) and isinstance(flight, Block):
             self._suspect(flight)
         elif self._may_try_again(flight, error):
@@ -235,6 +245,10 @@ class Driver:
 
     def _planned(self, flight: Planning, planned: Planned) -> Iterator[Event]:
         planned = replace(planned, item=flight.item)
+        if any(planned.behaviours):
+            known = self._expected.get(planned.pixels_yx, (None,) * len(planned.behaviours))
+            both = zip(known, planned.behaviours, strict=True)
+            self._expected[planned.pixels_yx] = tuple(first or behaviour for first, behaviour in both)
         if planned.place is None and not self._keeps(planned):
             self._again.append(Planning(replace(flight.request, place=self._cache(flight.item)), flight.item))
             return
@@ -250,6 +264,7 @@ class Driver:
         if job.kept is not None:
             job.kept[rows] = value
         job.unfinished -= 1
+        self._unfit.clear()
         yield BlockDone(job.item, rows.stop - rows.start)
         if not job.unfinished:
             yield from self._close(job)
@@ -313,7 +328,7 @@ class Driver:
             raise ClusterLost(f"another scheduler answers now, the last one and its tasks are lost: {health.RESUMES}.")
         if gone := known.keys() - self._workers.keys():
             yield from self._bury(gone)
-        self._watch.check(self._workers, now)
+        self._watch.check(self._workers, now, self._unfit)
         yield from self._give_up_what_hangs(now)
 
     def _bury(self, addresses: set[str]) -> Iterator[Event]:
@@ -335,6 +350,16 @@ class Driver:
             if block.alone_on in addresses or (block.alone_on is None and counts.get(block.key, 0) >= KILLS):
                 self._drop(future)
                 self._suspect(block)
+
+    def _turn_away(self, error: WorkerMismatch) -> Iterator[Event]:
+        """Have a worker leave whose encoder gives other features; what it was given goes to others."""
+        if error.worker in self._unfit:
+            return
+        self._unfit[error.worker] = error.difference
+        log.warning("%s It is turned away.", error)
+        with health.reached(self.client):
+            cluster.turn_away(self.client, error.worker)
+        yield Throttled(f"{error} It is turned away.")
 
     def _suspect(self, block: Block) -> None:
         """Let a block run alone when nothing else runs."""

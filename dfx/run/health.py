@@ -21,6 +21,9 @@ PATIENCE = 60
 """Seconds that a run waits for a cluster to have any worker."""
 PAUSED = 30
 """Seconds that a run waits while every worker is paused; Dask does not wake them by itself (distributed#5999)."""
+UNFIT = 16
+"""Workers that are turned away, with nothing done between them, before a run gives up."""
+NOBODY: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,17 @@ class Watch:
     def __init__(self, now: float) -> None:
         self._alone = self._awake = now
 
-    def check(self, workers: Mapping[str, Worker], now: float) -> None:
-        """Take what the workers are now; raises `ClusterLost` when there was none, or none awake, for too long."""
+    def check(self, workers: Mapping[str, Worker], now: float, unfit: Mapping[str, str] = NOBODY) -> None:
+        """Take what the workers are now; raises `ClusterLost` when there was none, or none awake, for too long.
+
+        `unfit`: workers that were turned away since something was done last, and why.
+        """
+        if len(unfit) >= UNFIT and len(unfit) > len(workers):  # a launcher may start them again for ever
+            raise ClusterLost(no_fit(unfit))
         if workers:
             self._alone = now
         elif now - self._alone > PATIENCE:
-            raise ClusterLost(NO_WORKER.format(PATIENCE))
+            raise ClusterLost(no_fit(unfit) if unfit else NO_WORKER.format(PATIENCE))
         if not workers or not all(worker.paused for worker in workers.values()):
             self._awake = now
         elif now - self._awake > PAUSED:
@@ -94,6 +102,16 @@ class Watch:
                 f"all {len(workers)} workers have been paused by Dask for {PAUSED} seconds, for want of memory "
                 f"({figures}): restart them with more, with fewer threads, or use a smaller batch_size; {RESUMES}."
             )
+
+
+def no_fit(unfit: Mapping[str, str]) -> str:
+    """Say that no worker is left that gives the features of the run's plan."""
+    named = "; ".join(f"{address}: {why}" for address, why in list(unfit.items())[:4])
+    more = f"; and {len(unfit) - 4} more" if len(unfit) > 4 else ""
+    return (
+        f"no worker of the cluster fits, {len(unfit)} gave other features than the process that planned "
+        f"({named}{more}): use one environment or image, and sound devices, for all; {RESUMES}."
+    )
 
 
 def blamed(client: distributed.Client, keys: Sequence[Key]) -> dict[Key, int]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import dask.array as da
 import numpy as np
 from numpy.typing import NDArray
 
 from dfx import arrays, cluster, memory
-from dfx.encoders import EncoderSpec
+from dfx.encoders import Behaviour, EncoderSpec
 from dfx.errors import MemoryShortage, SlideError, StoreError
 from dfx.grid import PatchGrid
 from dfx.masks import Origin
@@ -18,6 +19,9 @@ from dfx.plan import Options, Plan
 from dfx.resolution import Units
 from dfx.run.item import Item
 from dfx.store import Place, Store
+
+Expected: TypeAlias = Mapping[tuple[int, int], tuple[Behaviour | None, ...]]
+"""By shape of the patches: what each encoder must give for synthetic patches; None: the first slide's plan decides."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ class Planned:
     """Width of each one's features."""
     dtypes: tuple[np.dtype[Any], ...]
     """And their data types."""
+    pixels_yx: tuple[int, int]
+    """Rows and columns of a patch as the encoders get it."""
+    behaviours: tuple[Behaviour | None, ...]
+    """What each encoder gave for synthetic patches where the slide was planned; None: not measured."""
     projected: int
     """Bytes that a worker of the cluster takes for it."""
     place: Place | None = None
@@ -107,12 +115,18 @@ class Request:
     """Where the store is to be; None: blocks come back."""
     overwrite: bool
     """Whether a store of another plan is replaced."""
+    expected: Expected = field(default_factory=dict)
+    """What the encoders must give on the worker that plans."""
 
     def __call__(self) -> Planned:
-        """Plan the slide; raises `DfxError`."""
+        """Plan the slide; raises `DfxError`, of which `WorkerMismatch` is this worker's fault."""
         plan = self.plan()
         threads = cluster.task_threads() or 1
         check_room(plan, self.options.memory_threshold, cluster.memory_limit())
+        plan = arrays.measured(plan, self.options.device, cluster.task_threads())  # builds the encoders
+        for head, expected in zip(plan.heads, self.expected.get(plan.grid.pixels_yx, ()), strict=False):
+            if expected is not None and head.behaviour is not None:
+                cluster.check_same(head.name, expected, head.behaviour)
         if self.place is None:
             tasks, todo, coordinates = arrays.Tasks.of(arrays.lazy_features(plan)), None, plan.grid.coordinates
             doubt = ""
@@ -137,6 +151,8 @@ class Request:
             names=tuple(head.name for head in plan.heads),
             dims=tuple(head.dim for head in plan.heads),
             dtypes=tuple(head.dtype for head in plan.heads),
+            pixels_yx=plan.grid.pixels_yx,
+            behaviours=tuple(head.behaviour for head in plan.heads),
             projected=plan.projected(threads),
             place=self.place,
             coordinates=coordinates,

@@ -19,8 +19,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from dfx.errors import StoreError
-from dfx.plan import Head, Plan, describe_heads, differences
-from dfx.slides import Slide, is_same
+from dfx.plan import Head, Plan, describe_heads
+from dfx.slides import Slide
+from dfx.store.fingerprint import differences, differing, random_encoders
 from dfx.store.layout import (
     META,
     NOTES,
@@ -73,7 +74,8 @@ class Store:
         """Open the store of a plan: a new one, or the same plan's to be resumed.
 
         Raises `StoreError` when what lies there is of another plan (it says what differs) or not
-        dfx's. With `overwrite`, a store of dfx is replaced.
+        dfx's, or is half done by an encoder whose features differ from run to run. With `overwrite`, a store of dfx is
+        replaced.
         """
         place = place_of(at)
         check_ours(place)
@@ -82,14 +84,10 @@ class Store:
             with in_one_step(place, stored) as made:
                 cls._create(made, plan, label)
             return cls.prepare(place, plan, label)  # what lies there now is this one, or another run's
-        fingerprint, planned = stored.get("fingerprint"), plan.fingerprint()
-        fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
-        if is_same(fingerprint.get("slide"), plan.slide.identity):
-            planned["slide"] = fingerprint["slide"]  # which an older version may have written
-        found = differences(fingerprint, planned)
+        found = differences(stored, plan)
         written_anew, checksum = was_written_anew(stored, plan.slide), stored.get("slide", {}).get("checksum")
         if written_anew and checksum:
-            found += differences({"checksum of the slide": checksum}, {"checksum of the slide": plan.slide.checksum})
+            found += differing({"checksum of the slide": checksum}, {"checksum of the slide": plan.slide.checksum})
         if found:
             raise StoreError(
                 f"{place} holds the output of another run ({'; '.join(found[:4])}"
@@ -99,8 +97,16 @@ class Store:
         store = cls.at(place, [head.name for head in plan.heads])
         if written_anew and not checksum:
             store = replace(store, doubt=DOUBT.format(slide=plan.slide.url, place=place))
+        missing = store.missing()
+        random = random_encoders(plan.heads)
+        if random and 0 < len(missing) < plan.blocks and not plan.options.allow_nondeterministic:
+            raise StoreError(
+                f"{place} is half done, and the features of {', '.join(random)} differ from run to run (dropout or "
+                "sampling in forward?): resuming would mix rows of two runs. Pass overwrite=True (--overwrite) to "
+                "replace it, or allow_nondeterministic=True (--allow-nondeterministic) to mix them."
+            )
         changes = {} if label in (None, stored.get("label")) else {"label": label}
-        if stored.get("status") != "running" and store.missing():
+        if stored.get("status") != "running" and missing:
             changes |= {"status": "running"}
         if changes:
             update(place, **changes)
