@@ -14,6 +14,7 @@ from dfx.encoders import EncoderSpec, encode
 from dfx.errors import EncoderError
 from dfx.plan import BlockWork
 from dfx.reader import read_patches
+from dfx.slides.buffers import unwritten
 
 Meter = Callable[[str], AbstractContextManager[Any]]
 
@@ -25,7 +26,7 @@ def batch_buffer(n: int, shape_yx: tuple[int, int]) -> NDArray[np.uint8]:
     buffer: NDArray[np.uint8] | None = getattr(_thread, "patches", None)
     if buffer is None or buffer.shape[0] < n or buffer.shape[1:3] != shape_yx:
         buffer = _thread.patches = np.empty((n, *shape_yx, 3), np.uint8)
-    return buffer[:n]
+    return unwritten(buffer[:n])
 
 
 def read(
@@ -74,7 +75,7 @@ def encode_block(
     """
     size = work.options.batch_size
     edges = np.cumsum([0, *(head.dim for head in work.heads)]).tolist()
-    out = np.empty((len(steps_xy), edges[-1]), np.result_type(*(head.dtype for head in work.heads)))
+    out = unwritten(np.empty((len(steps_xy), edges[-1]), np.result_type(*(head.dtype for head in work.heads))))
     damaged = set() if damaged is None else damaged
     for start in range(0, len(steps_xy), size):
         batch, following = steps_xy[start : start + size], steps_xy[start + size : start + 2 * size]

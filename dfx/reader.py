@@ -6,11 +6,8 @@ are cut from a canvas of tiles that the thread reuses.
 
 from __future__ import annotations
 
-import math
 import threading
-from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 
 import cv2
 import numpy as np
@@ -19,9 +16,10 @@ from numpy.typing import NDArray
 from dfx.resolution import View
 from dfx.slides import Slide
 from dfx.slides.ahead import AHEAD
+from dfx.slides.buffers import BufferPool, unwritten
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level
-from dfx.slides.slide import paste
+from dfx.slides.pixels import paste, shrink
 
 MOST_PATCHES = 64
 MOST_CANVAS_BYTES = 24 * 2**20
@@ -41,56 +39,11 @@ def canvas(rows: int, columns: int) -> NDArray[np.uint8]:
         buffer = np.empty(size, np.uint8)
         if size <= 2 * MOST_CANVAS_BYTES:  # one huge patch must not hold its memory for ever
             _thread.canvas = buffer
-    return buffer[:size].reshape(rows, columns, 3)
+    return unwritten(buffer[:size]).reshape(rows, columns, 3)
 
 
-class Recycled:
-    """Memory of arrays that are given away, taken up again when the last view of one is gone: the latest first.
-
-    What was used last is in the processor's cache still, where it is small enough.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._free: deque[NDArray[np.uint8]] = deque()
-
-    def empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Give an uninitialised uint8 array."""
-        size = math.prod(shape)
-        for _ in range(len(self._free)):
-            with suppress(IndexError):  # another thread was quicker
-                memory = self._free.pop()
-                if memory.size == size:
-                    break
-                self._free.appendleft(memory)
-        else:
-            memory = np.empty(size, np.uint8)
-        return np.asarray(_Lease(memory, self)).reshape(shape)
-
-    def give_back(self, memory: NDArray[np.uint8]) -> None:
-        """Keep memory for the next; the oldest beyond the bound goes."""
-        self._free.append(memory)
-        while sum(m.size for m in list(self._free)) > self._most:
-            with suppress(IndexError):
-                self._free.popleft()
-
-    def clear(self) -> None:
-        """Let go of what is free."""
-        self._free.clear()
-
-
-class _Lease:
-    """The base of an array and of all its views, so that it goes when they are gone."""
-
-    def __init__(self, memory: NDArray[np.uint8], owner: Recycled) -> None:
-        self._memory, self._owner = memory, owner
-        self.__array_interface__ = memory.__array_interface__
-
-    def __del__(self) -> None:
-        self._owner.give_back(self._memory)
-
-
-RECYCLED = Recycled(256 * 2**20)
+POOL = BufferPool(256 * 2**20)
+"""Patches that were read into arrays of their own."""
 
 
 def read_patches(
@@ -120,25 +73,24 @@ def read_patches(
     """
     pixels_yx = pixels_yx or shape_yx
     if out is None:
-        out = RECYCLED.empty((len(origins_xy), *pixels_yx, 3))
+        out = POOL.empty((len(origins_xy), *pixels_yx, 3))
     boxes, (w, h) = boxes_of(view, origins_xy, shape_yx)
     following = None
     if slide.source.prefetches and following_xy is not None and len(following_xy):
         following, _ = boxes_of(view, following_xy, shape_yx)
     pitch = None if stride_yx is None else (stride_yx[0] / view.read_scale_xy[1], stride_yx[1] / view.read_scale_xy[0])
     level = slide.levels[view.level]
-    outside = (boxes[:, :2] < 0) | (boxes[:, 2:] > level.shape_yx)
-    beyond = np.asarray(outside.any(axis=1) | level.has_gaps | (damaged is not None))
+    uncovered = ~level.covers(boxes)
     factor = whole_factor(boxes, (h, w), pixels_yx, level)
     if factor:
-        out[beyond] = 255
+        out[uncovered] = 255
         divides = (n for n in SHRINKS if fast and factor % n == 0 and slide.can_shrink(view.level, n))
-        shrink = next(divides, 1)
-        corners_yx = (boxes[:, :2] // shrink).tolist()  # lists: an array costs more, a number at a time
+        by = next(divides, 1)
+        corners_yx = (boxes[:, :2] // by).tolist()  # lists: an array costs more, a number at a time
         for tile, (y, x), touching in slide.tiles(
-            view.level, boxes, rgb=True, pitch_yx=pitch, shrink=shrink, damaged=damaged, following=following
+            view.level, boxes, rgb=True, pitch_yx=pitch, shrink=by, damaged=damaged, following=following
         ):
-            spread(tile, (y // shrink, x // shrink), corners_yx, touching, out, factor // shrink)
+            spread(tile, (y // by, x // by), corners_yx, touching, out, factor // by)
         return out
     cuts = list(sub_blocks(boxes))
     for n, (start, stop) in enumerate(cuts):
@@ -146,7 +98,7 @@ def read_patches(
         then = boxes[slice(*cuts[n + 1])] if n + 1 < len(cuts) else following
         (y0, x0), (y1, x1) = part[:, :2].min(axis=0).tolist(), part[:, 2:].max(axis=0).tolist()
         pixels = canvas(y1 - y0, x1 - x0)
-        if beyond[start:stop].any():
+        if uncovered[start:stop].any():
             pixels.fill(255)
         for tile, (y, x), _ in slide.tiles(view.level, part, rgb=True, pitch_yx=pitch, damaged=damaged, following=then):
             paste(pixels, tile, (y - y0, x - x0))
@@ -174,6 +126,7 @@ def working_memory(
     boxes, (w, h) = boxes_of(view, origins_xy, shape_yx)
     level = slide.levels[view.level]
     tile = 2 * int(np.prod(level.tile_yx)) * max(3, level.channels * level.dtype.itemsize)  # compressed and decoded
+    tile += max(part.working_bytes for part in level.parts)
     tile += 2 * AHEAD if slide.source.prefetches else 0
     if whole_factor(boxes, (h, w), pixels_yx, level):
         return tile
@@ -187,6 +140,8 @@ def whole_factor(boxes: NDArray[np.int64], size_yx: tuple[int, int], shape_yx: t
     """By how much patches are shrunk, where each of their pixels is a square of pixels of one tile; else 0."""
     factor = size_yx[0] // shape_yx[0]
     squares = [boxes, *(np.array([*part.origin_yx, *part.tile_yx]) for part in level.parts)]
+    if len(level.parts) > 1:  # a pixel in which a part ends may have pixels of the next part too
+        squares += [np.array(part.shape_yx) for part in level.parts]
     whole = size_yx == (shape_yx[0] * factor, shape_yx[1] * factor) and factor > 0
     return factor if whole and not any((numbers % factor).any() for numbers in squares) else 0
 
@@ -204,13 +159,7 @@ def spread(
     While it is in the processor's cache: through a canvas, each pixel would go to memory and back.
     """
     if factor > 1:
-        rows, columns = (-(-size // factor) for size in tile.shape[:2])
-        if tile.shape[:2] != (rows * factor, columns * factor):  # it ends with the level, within a pixel of a patch
-            white = np.full((rows * factor, columns * factor, 3), 255, np.uint8)
-            paste(white, tile, (0, 0))
-            tile = white
-        small = cv2.resize(np.ascontiguousarray(tile), (columns, rows), interpolation=cv2.INTER_AREA)
-        tile = np.asarray(small, np.uint8).reshape(rows, columns, 3)
+        tile = shrink(tile, factor)
     y, x = at_yx
     for i in touching:
         top, left = corners_yx[i]

@@ -134,22 +134,22 @@ def test_pixels_copied_straight_out_of_tiles_are_those_cut_from_a_canvas(
 
 
 def test_memory_is_taken_up_again_only_when_its_last_view_is_gone() -> None:
-    recycled = reader.Recycled(3000)
-    first = recycled.empty((10, 10, 3))
+    pool = reader.BufferPool(3000)
+    first = pool.empty((10, 10, 3))
     view, address = first[2:].reshape(-1), first.ctypes.data
     del first
-    other = recycled.empty((10, 10, 3))
+    other = pool.empty((10, 10, 3))
     assert not np.shares_memory(view, other)
     view[:] = 7
     other[:] = 9
     assert (view == 7).all()
     del view
-    again = recycled.empty((300,))
+    again = pool.empty((300,))
     assert again.ctypes.data == address
-    assert recycled.empty((299,)).ctypes.data != address
-    some = [recycled.empty((1000,)) for _ in range(9)]
+    assert pool.empty((299,)).ctypes.data != address
+    some = [pool.empty((1000,)) for _ in range(9)]
     del some
-    assert len(recycled._free) == 3
+    assert len(pool._free) == 3
 
 
 def counted(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> list[int]:

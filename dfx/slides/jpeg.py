@@ -10,6 +10,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
+from dfx.slides.buffers import unwritten
 from dfx.slides.codestream import ColourConflict, JpegHeader, is_whole_jpeg, jpeg_header, jpeg_tables
 from dfx.slides.layout import Layout
 
@@ -104,24 +105,29 @@ class JpegTiles:
         )
         return self._layout.checked(tile)
 
-    def shrunk(self, data: bytes, by: int) -> NDArray[np.uint8]:
+    def shrunk(self, data: bytes, by: int) -> NDArray[np.uint8] | None:
         """Decode a tile to a half, quarter or eighth of its rows and columns, in the cosine domain.
 
         Each 8 x 8 block is transformed back from its low frequencies alone (libjpeg-turbo's scaling):
-        close to the average of areas, and not the same.
+        close to the average of areas, and not the same. Returns None where that can't be done: the tile has
+        another size than the page's, it is damaged, or libjpeg-turbo can't scale it. Decoding it whole tells.
         """
         import simplejpeg
 
-        space, _ = self.space(self.header(data))
-        stated = ADOBE.get(space, b"") if space else b""
-        stream = b"".join([data[:2], stated, self._segments, data[2:]])
         rows, columns, _ = self._layout.shape
-        out: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            stream, "RGB", min_height=rows // by, min_width=columns // by, min_factor=by
-        )
-        if out.shape != (rows // by, columns // by, 3):
-            raise ValueError(f"it shrinks to {out.shape}")
-        return out
+        try:
+            header = self.header(data)
+            if header.shape_yx != (rows, columns):
+                return None
+            space, _ = self.space(header)
+            stated = ADOBE.get(space, b"") if space else b""
+            stream = b"".join([data[:2], stated, self._segments, data[2:]])
+            out: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+                stream, "RGB", min_height=rows // by, min_width=columns // by, min_factor=by
+            )
+        except (ValueError, ColourConflict):  # decoding the whole tile tells
+            return None
+        return out if out.shape == (rows // by, columns // by, 3) else None
 
 
 def scratch_buffer(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -136,4 +142,4 @@ def scratch_buffer(shape: tuple[int, int, int]) -> NDArray[np.uint8]:
         memory = np.empty(size + 64, np.uint8)
         start = (16 - memory.ctypes.data) % 32
         buffer = _thread.buffer = memory[start : start + size].reshape(shape)
-    return buffer
+    return unwritten(buffer)

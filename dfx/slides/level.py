@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import SlideError, TileError
+from dfx.slides import pixels
 from dfx.slides.codestream import ColourConflict
 from dfx.slides.source import ByteSource
 
@@ -51,6 +52,11 @@ class TileGrid(ABC):
         """Whether tiles can be decoded to a part of their size."""
         return False
 
+    @property
+    def working_bytes(self) -> int:
+        """Bytes that `tile` takes at once, beside what is stored of a tile and what is decoded of it."""
+        return 0
+
     @abstractmethod
     def tile(self, source: ByteSource, row: int, column: int, name: str, *, scratch: bool, shrink: int) -> NDArray[Any]:
         """Give a tile's pixels (rows, columns, channels), those beyond `shape_yx` where it is padded too.
@@ -69,20 +75,49 @@ class TileGrid(ABC):
         (height, width), (rows, columns) = self.tile_yx, self.shape_yx
         return min(height, rows - row * height), min(width, columns - column * width)
 
+    @cached_property
+    def _end_yx(self) -> NDArray[np.int64]:
+        """Where the pixels of the tiles end, from the rectangle's first pixel on."""
+        return np.minimum(self.shape_yx, np.multiply(self.present.shape, self.tile_yx)).astype(np.int64)
+
+    def _cells(self, boxes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which rows and columns of tiles each box touches, int (N, 4) as (r0, c0, r1, c1); empty where it has none."""
+        local = boxes - np.tile(self.origin_yx, 2)
+        start, stop = np.maximum(local[:, :2], 0), np.minimum(local[:, 2:], self._end_yx)
+        low = start // self.tile_yx
+        return np.concatenate([low, np.where(stop > start, -(-stop // self.tile_yx), low)], axis=1)
+
     def touching(self, boxes: NDArray[np.int64]) -> dict[tuple[int, int], list[int]]:
-        """Which boxes touch each tile that the file has: (row, column) -> indices, row after row.
+        """Which boxes touch each tile that is present: (row, column) -> indices, row after row.
 
         `boxes`: int (N, 4) as (y0, x0, y1, x1) on the level.
         """
-        local = boxes - np.tile(self.origin_yx, 2)
-        low = np.maximum(local[:, :2] // self.tile_yx, 0)
-        high = np.minimum(-(-local[:, 2:] // self.tile_yx), -(-np.array(self.shape_yx) // self.tile_yx))
         found: dict[tuple[int, int], list[int]] = {}
-        for i, (r0, c0, r1, c1) in enumerate(np.concatenate([low, high], axis=1).tolist()):
+        for i, (r0, c0, r1, c1) in enumerate(self._cells(boxes).tolist()):
             for r in range(r0, r1):
                 for c in range(c0, c1):
                     found.setdefault((r, c), []).append(i)
         return {at: found[at] for at in sorted(found) if self.present[at]}
+
+    @cached_property
+    def _summed(self) -> NDArray[np.int64]:
+        """How many tiles are present above and left of each corner of a tile."""
+        rows, columns = self.present.shape
+        table = np.zeros((rows + 1, columns + 1), np.int64)
+        table[1:, 1:] = self.present.cumsum(axis=0).cumsum(axis=1)
+        return table
+
+    def covers(self, boxes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each box lies within the rectangle, and every tile that it touches is present; bool (N,).
+
+        So each pixel of such a box is copied from a tile: `touching` gives the tiles by the same numbers.
+        """
+        local = boxes - np.tile(self.origin_yx, 2)
+        inside = (local[:, :2] >= 0).all(axis=1) & (local[:, 2:] <= self._end_yx).all(axis=1)
+        r0, c0, r1, c1 = np.where(inside[:, None], self._cells(boxes), 0).T
+        table = self._summed
+        present = table[r1, c1] - table[r0, c1] - table[r1, c0] + table[r0, c0]
+        return np.asarray(inside & (present == (r1 - r0) * (c1 - c0)))
 
     def shared(
         self, touching: dict[tuple[int, int], list[int]], boxes: NDArray[np.int64], pitch_yx: tuple[float, float]
@@ -118,8 +153,9 @@ class StoredTiles(TileGrid):
     """(planes, rows, columns) bytes of each tile; 0 where the file has none."""
     decoders: tuple[Decode, ...]
     """One a plane."""
-    shrunk: Callable[[bytes, int], NDArray[np.uint8]] | None = None
-    """Decodes a tile to a half, quarter or eighth of its size (see `JpegTiles`); None: this page's can't be."""
+    shrunk: Callable[[bytes, int], NDArray[np.uint8] | None] | None = None
+    """Decodes a tile at a half, quarter or eighth of its size (see `JpegTiles`), or returns None where this tile is
+    to be decoded whole; None: no tile of the page can be."""
     joined: Callable[[list[NDArray[Any]]], NDArray[Any]] | None = None
     """Makes colours of the planes of a tile; None: planes are the channels."""
 
@@ -146,26 +182,31 @@ class StoredTiles(TileGrid):
                 name, f"{name} lies past the end of the file, which has {source.size} bytes: copy the slide again."
             )
         index = row * self.offsets.shape[2] + column
+        stored = source.read(at)
+        rows, columns = extent = self.extent(row, column)
+        # A tile on the border is decoded whole: it may be cut there, or its padding would be mixed in.
+        if shrink > 1 and extent == self.tile_yx and self.shrunk:
+            small = self.shrunk(stored[0], shrink)
+            if small is not None:
+                return small
         planes = []
-        for data, decode in zip(source.read(at), self.decoders, strict=True):
+        for data, decode in zip(stored, self.decoders, strict=True):
             try:
-                if shrink > 1:
-                    assert self.shrunk is not None
-                    planes.append(self.shrunk(data, shrink))
-                else:
-                    planes.append(decode(data, index, scratch=scratch and len(at) == 1))
+                planes.append(decode(data, index, scratch=scratch and len(at) == 1))
             except ColourConflict as e:
                 raise conflict(name, e) from e
             except Exception as e:  # codecs raise many kinds; none of them says which tile
                 raise TileError(
                     name, f"{name} can't be decoded ({e}): the file is damaged; copy or export it again."
                 ) from e
-        if len(planes) == 1:
-            return planes[0]
         if len({plane.shape[:2] for plane in planes}) > 1:
             sizes = ", ".join(f"{plane.shape[0]} x {plane.shape[1]}" for plane in planes)
             raise conflict(name, f"its planes have {sizes} pixels, and dfx does not enlarge subsampled planes")
-        return self.joined(planes) if self.joined else np.concatenate(planes, axis=2)
+        if len(planes) == 1:
+            tile = planes[0]
+        else:
+            tile = self.joined(planes) if self.joined else np.concatenate(planes, axis=2)
+        return tile if shrink == 1 else pixels.shrink(tile[:rows, :columns], shrink)
 
 
 def conflict(name: str, reason: object) -> SlideError:
@@ -204,15 +245,33 @@ class Level:
         """Rows and columns of a tile."""
         return self.parts[0].tile_yx
 
-    @cached_property
-    def has_gaps(self) -> bool:
-        """Whether some pixels have no tile."""
-        return len(self.parts) > 1 or not bool(self.parts[0].present.all())
+    def covers(self, boxes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each box is copied whole from tiles; bool (N,). All other boxes have to be filled beforehand.
+
+        `boxes`: int (N, 4) as (y0, x0, y1, x1). True where a box lies within the level and within one of its
+        parts, whose tiles there are all present.
+        """
+        inside = (boxes[:, :2] >= 0).all(axis=1) & (boxes[:, 2:] <= self.shape_yx).all(axis=1)
+        return np.asarray(inside & np.any([part.covers(boxes) for part in self.parts], axis=0))
 
     @property
     def background(self) -> int:
         """What stands where the file has no tile: white in a picture, 0 in other channels."""
         return 255 if self.dtype == np.uint8 and self.colour != "other" else 0
+
+    def decode(
+        self, source: ByteSource, n: int, part: TileGrid, row: int, column: int, *, scratch: bool, shrink: int = 1
+    ) -> NDArray[Any]:
+        """Decode a tile of one of the parts of this level, which is level `n` of the slide, without its padding.
+
+        The parameters and errors are those of `TileGrid.tile`. Raises `TileError` as well where pixels are missing.
+        """
+        name = f"tile {row * part.present.shape[1] + column} (row {row}, column {column}) of level {n} of {source.url}"
+        tile = part.tile(source, row, column, name, scratch=scratch, shrink=shrink)
+        rows, columns = (-(-size // shrink) for size in part.extent(row, column))
+        if tile.shape[0] < rows or tile.shape[1] < columns or tile.shape[2] != self.channels:
+            raise TileError(name, f"{name} has {tile.shape} pixels, not {part.tile_yx}: the file is damaged.")
+        return tile[:rows, :columns]
 
 
 def as_rgb(tile: NDArray[np.uint8], colour: Colour) -> NDArray[np.uint8]:

@@ -17,10 +17,12 @@ from dfx import resolution as res
 from dfx.errors import CallError, CallTypeError, ResolutionError, SlideError, TileError
 from dfx.masks import METHODS, Bounds, Segment, as_mask, has_dark_background, mask_of_image, method_name, segment_of
 from dfx.slides.ahead import announced
+from dfx.slides.buffers import unwritten
 from dfx.slides.cache import OPENED, TILES
 from dfx.slides.identity import checksum
 from dfx.slides.jpeg import SHRINKS
 from dfx.slides.level import Level, TileGrid, as_rgb
+from dfx.slides.pixels import paste
 from dfx.slides.source import ByteSource
 
 COMMON_POWERS = (1, 1.25, 2, 2.5, 4, 5, 10, 20, 40, 60, 90, 100)
@@ -159,7 +161,7 @@ class Slide:
         where the boxes are some of a lattice: tiles that others of it touch are kept for them. `shrink`:
         tiles are decoded to so small a part of their size, where `can_shrink` says so. `following`: boxes of
         the next call, whose tiles a remote file fetches while these are decoded. Raises `TileError`
-        that names the tile; with `damaged`, its name is added there instead, and the tile left out.
+        that names the tile; with `damaged`, its name is added there instead, and the tile is background.
         """
         level = self.levels[n]
         if rgb:
@@ -175,6 +177,7 @@ class Slide:
                 order = announced(self.source, part, touching, later, held)
             for r, c in order:
                 key = *which, p, r, c
+                at = part.origin_yx[0] + r * part.tile_yx[0], part.origin_yx[1] + c * part.tile_yx[1]
                 tile = TILES.get(key) if (r, c) in shared else None
                 if tile is None:
                     try:
@@ -183,12 +186,14 @@ class Slide:
                         if damaged is None:
                             raise
                         damaged.add(e.tile)
+                        rows, columns = (-(-size // shrink) for size in part.extent(r, c))
+                        blank = np.full((rows, columns, 3 if rgb else level.channels), level.background, level.dtype)
+                        yield blank, at, touching[r, c]
                         continue
                     tile = as_rgb(tile, level.colour) if rgb else tile
                     if (r, c) in shared:
                         TILES.put(key, tile)
-                y, x = part.origin_yx[0] + r * part.tile_yx[0], part.origin_yx[1] + c * part.tile_yx[1]
-                yield tile, (y, x), touching[r, c]
+                yield tile, at, touching[r, c]
 
     def can_shrink(self, n: int, by: int) -> bool:
         """Whether a level's tiles can be decoded to a part of their size."""
@@ -198,14 +203,7 @@ class Slide:
     def _decode(
         self, n: int, part: TileGrid, row: int, column: int, *, scratch: bool = False, shrink: int = 1
     ) -> NDArray[Any]:
-        index = row * part.present.shape[1] + column
-        name = f"tile {index} (row {row}, column {column}) of level {n} of {self.url}"
-        tile = part.tile(self.source, row, column, name, scratch=scratch, shrink=shrink)
-        height, width = part.extent(row, column)
-        rows, columns = -(-height // shrink), -(-width // shrink)
-        if tile.shape[0] < rows or tile.shape[1] < columns or tile.shape[2] != self.levels[n].channels:
-            raise TileError(name, f"{name} has {tile.shape} pixels, not {part.tile_yx}: the file is damaged.")
-        return tile[:rows, :columns]
+        return self.levels[n].decode(self.source, n, part, row, column, scratch=scratch, shrink=shrink)
 
     def check_picture(self, n: int = 0) -> None:
         """Raise `SlideError` when the level's channels are no colours that patches can be made of."""
@@ -229,7 +227,7 @@ class Slide:
         how = cv2.INTER_AREA if rows <= height and columns <= width else cv2.INTER_CUBIC
         bands = 1 if height * width <= MOST_THUMBNAIL_PIXELS else -(-height * width * 4 // MOST_THUMBNAIL_PIXELS)
         edges = np.linspace(0, rows, min(bands, rows) + 1).round().astype(int)
-        out = np.empty((rows, columns, 3), np.uint8)
+        out = unwritten(np.empty((rows, columns, 3), np.uint8))
         for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             top, bottom = round(start * height / rows), round(stop * height / rows)
             band = self.region(view.level, (top, 0, bottom, width), rgb=True)
@@ -296,14 +294,6 @@ class Slide:
         return self.view(min(1.0, max(1 / 16, 512 / max(self.dimensions))), "baseline")
 
 
-def paste(canvas: NDArray[Any], tile: NDArray[Any], at_yx: tuple[int, int]) -> None:
-    """Copy the part of a tile that lies on the canvas, where its corner lies at `at_yx`."""
-    (top, left), (rows, columns, _) = at_yx, canvas.shape
-    part = tile[-top if top < 0 else 0 : rows - top, -left if left < 0 else 0 : columns - left]
-    top, left = max(top, 0), max(left, 0)
-    canvas[top : top + part.shape[0], left : left + part.shape[1]] = part
-
-
 @dataclass(frozen=True, eq=False)
 class LevelPixels:
     """What a lazy level reads from: slicing decodes the tiles under the slice."""
@@ -333,7 +323,7 @@ class LevelPixels:
             for i, size in zip(index[:2], self.shape, strict=False)
         )
         if not len(rows) or not len(columns):
-            return np.empty(self.shape, self.dtype)[index]
+            return np.broadcast_to(np.zeros((), self.dtype), self.shape)[index].copy()
         y0, y1 = sorted((rows[0], rows[-1]))
         x0, x1 = sorted((columns[0], columns[-1]))
         pixels = self.slide.region(self.n, (y0, x0, y1 + 1, x1 + 1), rgb=False)

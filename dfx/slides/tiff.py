@@ -17,6 +17,7 @@ import tifffile
 
 from dfx.errors import DfxError, FormatError, SlideError, UnknownFormatError
 from dfx.slides import vendors
+from dfx.slides.downsampled import fill_from_finer
 from dfx.slides.identity import identity
 from dfx.slides.leica import leica_levels, read_areas
 from dfx.slides.level import Level, StoredTiles
@@ -175,7 +176,8 @@ def check_extent(source: ByteSource, n: int, level: Level) -> None:
     Single bad entries are left to the tile's own error, which names it.
     """
     for part in level.parts:
-        assert isinstance(part, StoredTiles)
+        if not isinstance(part, StoredTiles):
+            continue
         outside = int((part.offsets + part.counts > source.size).sum())
         if outside > max(1, part.offsets.size // 1000):
             raise SlideError(
@@ -207,7 +209,8 @@ def parse(tif: tifffile.TiffFile, source: ByteSource) -> Facts:
     base = baseline(tif.pages)
     if base.is_svs:
         levels, notes = pyramid(tif, marked=True, depth_from_pages=True)
-        return Facts("aperio", *vendors.aperio(base.description), levels, notes)
+        levels, filled = fill_from_finer(levels)
+        return Facts("aperio", *vendors.aperio(base.description), levels, notes + filled)
     overlaps = vendors.trestle_overlaps(description)
     if software.startswith("MedScan") or overlaps:
         if overlaps is None or any(overlaps):
