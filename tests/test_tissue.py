@@ -82,6 +82,66 @@ def test_hsv_finds_tissue_without_specks_and_holes(clean: NDArray[np.uint8], tru
     assert not found[5:9, 180:184].any()
 
 
+def nuclei(colour: tuple[float, float, float], background: int, haze: int) -> NDArray[np.uint8]:
+    """Fluorescence: bright nuclei of tissue with a haze, on a dark background with noise."""
+    rng = np.random.default_rng(1)
+    tissue = outline(rng, 400, 320)
+    bright = background + haze * tissue + rng.normal(0, 2, tissue.shape)
+    ys, xs = np.nonzero(tissue)
+    for n in rng.choice(len(ys), len(ys) // 50):
+        cv2.circle(bright, (int(xs[n]), int(ys[n])), 1, 220.0, -1)
+    return np.clip(bright[..., None] * colour, 0, 255).astype(np.uint8)
+
+
+FLUORESCENCE = {
+    "DAPI": nuclei((0, 0, 1), 4, 20),
+    "grey": nuclei((1, 1, 1), 0, 0),
+    "green on a haze": nuclei((0.1, 1, 0.2), 20, 40),
+    "too dark": nuclei((0.1, 0.1, 0.2), 10, 10),
+}
+
+
+@pytest.mark.parametrize("kind", FLUORESCENCE)
+def test_fluorescence_of_all_colours_and_backgrounds_is_noticed(kind: str) -> None:
+    assert has_dark_background(FLUORESCENCE[kind])
+
+
+def dab(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Strong DAB instead of other stains."""
+    return np.where((picture.mean(axis=2) < 215)[..., None], np.array([70, 42, 28], np.uint8), picture)
+
+
+def frame(picture: NDArray[np.uint8], pixels: int = 150) -> NDArray[np.uint8]:
+    black = dict.fromkeys(("top", "bottom", "left", "right"), pixels)
+    return np.asarray(cv2.copyMakeBorder(picture, **black, borderType=cv2.BORDER_CONSTANT, value=(0, 0, 0)), np.uint8)
+
+
+def test_frames_dark_stains_and_little_glass_are_not_taken_for_fluorescence(clean: NDArray[np.uint8]) -> None:
+    small = np.asarray(cv2.resize(clean, (360, 300), interpolation=cv2.INTER_AREA), np.uint8)
+    stairs = small.copy()
+    for n in range(10):  # the scanned area of slides whose tissue's outline is followed tile by tile
+        stairs[n * 30 : n * 30 + 30, : 18 * abs(5 - n)] = 0
+    kinds = {
+        "H&E": small,
+        "little glass": small[100:220, 110:260],
+        "strong DAB": dab(small),
+        "little glass, strong DAB": dab(small[100:220, 110:260]),
+        "dim lamp": (small * 0.6).astype(np.uint8),
+        "ink": np.where((strokes()[::4, ::4][:300, :360] > 0.5)[..., None], np.uint8(25), small),
+        "black frame": frame(small),
+        "black frame, dim": frame((small * 0.7).astype(np.uint8)),
+        "black frame, strong DAB": frame(dab(small)),
+        "black frame, little glass": frame(small[100:220, 110:260]),
+        "black frame, stairs": frame(stairs),
+        "two areas": np.hstack([frame(small, 120), frame(small[:, ::-1], 120)]),
+        "pale": np.maximum(small, 200),
+        "white": np.full_like(small, 255),
+        "black": np.zeros_like(small),
+        "nearly all white": np.where((np.arange(300) == 7)[:, None, None], small, np.uint8(255)),
+    }
+    assert [kind for kind, picture in kinds.items() if has_dark_background(picture)] == []
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (30, 2)])
 def test_no_thumbnail_is_too_small(shape: tuple[int, int]) -> None:
     assert hsv(np.full((*shape, 3), 240, np.uint8)).shape == shape

@@ -102,8 +102,9 @@ def has_dark_background(thumbnail: Thumbnail) -> bool:
     value = thumbnail.max(axis=2)
     if (value >= DARK).mean() >= 0.5 or value.max() == value.min():
         return False
-    colours, counts = np.unique(thumbnail[value < DARK], axis=0, return_counts=True)
-    frame = colours[counts.argmax()].astype(np.int16)
+    dark = thumbnail[value < DARK]
+    _, first, counts = np.unique(dark @ np.array([1, 256, 65536]), return_index=True, return_counts=True)
+    frame = dark[first[counts.argmax()]].astype(np.int16)  # the most frequent colour
     scanned = (np.abs(thumbnail - frame) > 4).any(axis=2)
     side = max(3, min(value.shape) // 16)
     areas = cv2.morphologyEx(scanned.astype(np.uint8), cv2.MORPH_OPEN, np.ones((side, side), np.uint8))
