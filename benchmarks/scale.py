@@ -151,7 +151,7 @@ def measure(path: Path, *, rounds: int, threads: int) -> list[dict[str, Any]]:
 class Some(Request):
     """Plans a slide all but the first few of whose blocks are there, as holes in a disk."""
 
-    executed: int
+    executed: int = 0
 
     def __call__(self) -> Planned:
         """Plan the slide."""
