@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import dfx
-from dfx import arrays
+from dfx import arrays, cli
 from dfx.encoders import BEHAVIOURS, Behaviour, behaviour, measure, modules, named
 from dfx.errors import ClusterLost, EncoderError, RunError, WorkerMismatch
 from dfx.plan import Options
@@ -254,6 +254,19 @@ def test_weights_of_half_precision_have_its_tolerance() -> None:
     assert of(nets.Means()).precision == "float32"
 
 
+def test_float32_on_a_gpu_is_tf32_unless_that_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dfx.encoders import network
+
+    encoder = network.network(dfx.load_encoder(nets.Means()), "cpu")
+    monkeypatch.setattr(encoder, "device", torch.device("cuda"))
+    for capability, on, found in (((8, 0), True, "tf32"), ((8, 0), False, "float32"), ((7, 0), True, "float32")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        monkeypatch.setattr(network, "tf32_is_on", lambda on=on: on)
+        assert encoder.arithmetic == found
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert encoder.arithmetic == "bfloat16"
+
+
 # Resuming
 
 
@@ -376,6 +389,22 @@ def test_a_random_network_is_recorded_and_resumed_only_when_asked(
         extractor_of(Dropping()).run([made_slide], save_dir=tmp_path, client=client, allow_nondeterministic=True, **ALL)
     with pytest.warns(UserWarning, match="differ from run to run"):  # nothing is left to be mixed
         extractor_of(Dropping()).run([made_slide], save_dir=tmp_path, client=client, **ALL)
+
+
+@pytest.mark.parametrize("flag", [[], ["--allow-nondeterministic"]])
+def test_the_command_line_passes_it_on(flag: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def run(self: dfx.DeepFeatureExtractor, slides: Any, **options: Any) -> dict[str, Any]:
+        seen.update(options)
+        return {}
+
+    monkeypatch.setattr(dfx.DeepFeatureExtractor, "run", run)
+    line = (
+        "extract a.svs --encoder test_resnet --weights random --resolution 1 --units mpp --patch 64 --out out --quiet"
+    )
+    assert cli.main([*line.split(), *flag]) == 0
+    assert seen["allow_nondeterministic"] is bool(flag)
 
 
 def test_a_network_that_became_random_is_another_network(

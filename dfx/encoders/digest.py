@@ -1,4 +1,8 @@
-"""What a given module is, as a number: two that compute differently must never share features."""
+"""The digest of a given module's code and values.
+
+It decides whether a store may be resumed only where no behaviour is stored, as in version 0.1. Forward hooks, private
+attributes, functions that are called by a global name and packed weights are not in it: see `dfx.encoders.behaviour`.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from torch import nn
 
 
 def module_digest(module: nn.Module) -> str:
-    """SHA-256 of what a module computes with: structure, code, parameters, buffers and attributes.
+    """Returns the SHA-256 of a module's structure, code, parameters, buffers and public attributes.
 
-    The same in every process of one Python version, also for classes of a notebook or `__main__`.
+    It is the same in every process of one Python version, also for classes of a notebook or `__main__`.
     """
     digest = hashlib.sha256()
     for part in stable((repr(module), list(module.named_modules()))):
