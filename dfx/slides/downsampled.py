@@ -40,9 +40,8 @@ def fill_from_finer(levels: Sequence[Level]) -> tuple[list[Level], tuple[str, ..
             stored = replace(part, counts=np.where(gaps, 0, part.counts))
             drawn = DownsampledTiles(part.origin_yx, part.shape_yx, part.tile_yx, gaps, finer, n, factor)
             level = replace(level, parts=(stored, drawn))
-            notes.append(
-                f"{gaps.sum()} tiles of level {n + 1} are missing or cover a missing tile; they are drawn from level {n}"
-            )
+            count = f"{gaps.sum()} tiles of level {n + 1}"
+            notes.append(f"{count} are missing or cover a missing tile; they are drawn from level {n}")
         filled.append(level)
     return filled, tuple(notes)
 
