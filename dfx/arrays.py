@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -145,11 +146,12 @@ class Task:
     def __call__(self, steps_xy: NDArray[Any]) -> NDArray[Any]:
         """Do a block."""
         if isinstance(self.work, bytes):
-            self.work = pickle.loads(self.work)
+            self.work = pickle.loads(zlib.decompress(self.work))
         return self.function(steps_xy, self.work)  # type: ignore[arg-type]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Task, (self.function, self.work if isinstance(self.work, bytes) else pickle.dumps(self.work))
+        work = self.work if isinstance(self.work, bytes) else zlib.compress(pickle.dumps(self.work))
+        return Task, (self.function, work)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         work = self.work if isinstance(self.work, bytes) else self.work.__dask_tokenize__()

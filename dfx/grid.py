@@ -64,7 +64,7 @@ class HasViews(Protocol):
 
     @property
     def bounds(self) -> Bounds | None:
-        """What was scanned, where that is not the whole slide: (x, y, width, height) at the baseline."""
+        """The scanned area, where it is not the whole slide: (x, y, width, height) at the baseline."""
         ...
 
     def view(self, resolution: float | tuple[float, float], units: Units) -> View:

@@ -91,7 +91,7 @@ class Head:
     activations: int = 0
     """Bytes a patch while it computes."""
     behaviour: Behaviour | None = None
-    """What it gives for synthetic patches in the process that planned; None: not measured."""
+    """Its behaviour on synthetic patches in the process that planned; None: not measured."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +327,7 @@ class BlockWork:
         # Values without field names: every task carries this, and a task is to stay below 4 kB.
         view, options = (tuple(getattr(part, f.name) for f in fields(part)) for part in (self.grid.view, self.options))
         heads = tuple(
-            (h.name, h.encoder.values(), h.dim, str(h.dtype), None if h.behaviour is None else h.behaviour.values())
+            (h.name, h.encoder.values(), h.dim, str(h.dtype), None if h.behaviour is None else h.behaviour.expected())
             for h in self.heads
         )
         needs = tuple(getattr(self.needs, f.name) for f in fields(self.needs))
@@ -347,14 +347,20 @@ def _restored(
     stride_yx: tuple[int, int],
     resampled_yx: tuple[int, int] | None,
     view: tuple[Any, ...],
-    heads: tuple[tuple[str, tuple[Any, ...], int, str, tuple[Any, ...] | None], ...],
+    heads: tuple[tuple[str, tuple[Any, ...], int, str, tuple[bytes, str, str] | None], ...],
     options: tuple[Any, ...],
     needs: tuple[int, ...],
     notes: Any,
 ) -> BlockWork:
     grid = PatchGrid(shape_yx, stride_yx, View(*view), np.empty((0, 2), np.uint16), resampled_yx=resampled_yx)
     made = tuple(
-        Head(name, EncoderSpec(*values), dim, np.dtype(dtype), behaviour=None if seen is None else Behaviour(*seen))
-        for name, values, dim, dtype, seen in heads
+        Head(
+            name,
+            EncoderSpec(*values),
+            dim,
+            np.dtype(dtype),
+            behaviour=None if expected is None else Behaviour(grid.pixels_yx, *expected),
+        )
+        for name, values, dim, dtype, expected in heads
     )
     return BlockWork(slide, grid, made, Options(*options), Needs(*needs), notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -492,6 +493,7 @@ def address(tmp_path: Path) -> Any:
 def test_a_worker_that_gives_other_features_gets_no_blocks_and_no_slide_fails(
     tmp_path: Path, address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, "dfx")  # a command that ran in this process before has silenced it
     slides = [write_slide(tmp_path / f"{n}.svs", 512, 512, seed=n) for n in range(3)]
     good = extractor_of(nets.Odd()).run(slides, **ALL | {"output_type": "dict"})
     run = ALL | {"block_size": 8, "save_dir": tmp_path / "out"}

@@ -149,7 +149,8 @@ def test_features_of_levels_that_lay_elsewhere_before_are_not_mixed_with_those_o
 
 
 def test_squares_of_other_tools_lie_on_level_0_whichever_level_they_are_read_from(tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
+    import h5py
+
     at = 5000, 60
     slide = dfx.open_slide(pyramid(tmp_path / "a.tif", (6001, 155), at, [(2, 2), (4, 4)], tags=False))
     with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -167,7 +168,8 @@ def test_squares_of_other_tools_lie_on_level_0_whichever_level_they_are_read_fro
 @pytest.mark.parametrize("kind", ["aperio", "philips"])
 def test_levels_that_openslide_reads_lie_where_it_reads_them(kind: str, tmp_path: Path) -> None:
     """Of a long slide by the factor of each axis; where OpenSlide has a factor from the file, by that."""
-    openslide = pytest.importorskip("openslide")
+    import openslide
+
     size, at, factors = (6001, 155), (5200, 80), (1, 4, 16)
     image = lined(size, at)
     if kind == "aperio":

@@ -15,7 +15,7 @@ ROOT = Path(dfx.__file__).parent
 ROOMS = [  # from the ground up; those of one line may not import each other
     ["errors", "html"],
     ["remote"],
-    ["resolution"],
+    ["resolution", "tiff_rules"],
     ["masks", "coords"],
     ["grid"],
     ["slides"],

@@ -391,7 +391,8 @@ def test_no_cell_of_a_mask_of_the_bounds_is_lost_on_the_slide() -> None:
 
 
 def test_bounds_of_a_leica_slide_are_those_of_openslide(leica: Path) -> None:
-    openslide = pytest.importorskip("openslide")
+    import openslide
+
     slide = dfx.open_slide(leica)
     with openslide.OpenSlide(leica) as other:
         names = ("x", "y", "width", "height")

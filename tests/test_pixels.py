@@ -245,7 +245,6 @@ def attempt(slide: dfx.Slide, factor: int, fast: bool) -> Pixels | str:
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("kind", ["444", "422", "420", "411", "440", "rgb", "one component", "larger", "cut short"])
 def test_fast_reading_reads_what_exact_reading_reads(kind: str, cut: bool, tmp_path: Path) -> None:
-    pytest.importorskip("simplejpeg")
 
     def encode(tile: Pixels) -> bytes:
         if kind == "one component":

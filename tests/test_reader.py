@@ -20,7 +20,7 @@ import dfx
 from dfx import reader
 from dfx.resolution import Units, View
 from dfx.slides.cache import Tiles
-from dfx.slides.slide import Slide
+from dfx.slides.level import Level
 
 ODD = "aperio_odd.svs", "philips_sparse.tiff", "generic_gray.tif", "strips.tif", "leica_two_areas.scn"
 SLIDES: dict[Any, tuple[dfx.Slide, list[NDArray[np.uint8]]]] = {}
@@ -152,16 +152,16 @@ def test_memory_is_taken_up_again_only_when_its_last_view_is_gone() -> None:
     assert len(pool._free) == 3
 
 
-def counted(slide: Slide, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def counted(slide: dfx.Slide, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every call of the tile decoder from now on."""
     calls: list[int] = []
-    original = Slide._decode
+    original = Level.decode
 
-    def decode(self: Slide, n: int, part: Any, row: int, column: int, **options: Any) -> Any:
+    def decode(self: Level, source: Any, n: int, part: Any, row: int, column: int, **options: Any) -> Any:
         calls.append(row * 1000 + column)
-        return original(self, n, part, row, column, **options)
+        return original(self, source, n, part, row, column, **options)
 
-    monkeypatch.setattr(Slide, "_decode", decode)
+    monkeypatch.setattr(Level, "decode", decode)
     return calls
 
 

@@ -22,7 +22,7 @@ from dfx import arrays, cli
 from dfx.encoders import encode
 from dfx.errors import CallError, CallTypeError, StoreError
 from dfx.plan import Options
-from dfx.slides.slide import Slide
+from dfx.slides.level import Level
 from dfx.store import Store
 
 
@@ -101,13 +101,13 @@ def test_every_tile_is_decoded_once_for_all(
     made_slide: Path, tmp_path: Path, client: distributed.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[int, int, int]] = []
-    original = Slide._decode
+    original = Level.decode
 
-    def decode(self: Slide, n: int, part: Any, row: int, column: int, **options: Any) -> Any:
+    def decode(self: Level, source: Any, n: int, part: Any, row: int, column: int, **options: Any) -> Any:
         calls.append((n, row, column))
-        return original(self, n, part, row, column, **options)
+        return original(self, source, n, part, row, column, **options)
 
-    monkeypatch.setattr(Slide, "_decode", decode)
+    monkeypatch.setattr(Level, "decode", decode)
     common: dict[str, Any] = WSI | {"auto_get_mask": False, "patch_input_shape": 256}
     dfx.DeepFeatureExtractor(Means(), verbose=False).run([made_slide], save_dir=tmp_path / "1", client=client, **common)
     one, calls[:] = sorted(calls), []

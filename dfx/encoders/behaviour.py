@@ -41,12 +41,12 @@ float32 covers other CPUs, GPUs and numbers of threads. Where two kinds of arith
 STAINS = (243, 226, 84), (240, 142, 52), (245, 184, 132)
 """Red, green and blue of glass, eosin and haematoxylin."""
 BEHAVIOURS: Kept[Behaviour] = Kept(256)
-"""What was measured in this process, by encoder, device and shape of the patches."""
+"""Behaviours measured in this process, by encoder, device and shape of the patches."""
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What an encoder gives for the synthetic patches of a shape. Small to pickle."""
+    """The output of an encoder for the synthetic patches of a shape. Small to pickle."""
 
     shape_yx: tuple[int, int]
     """Rows and columns of the patches."""
@@ -71,9 +71,9 @@ class Behaviour:
         """Of its arithmetic."""
         return TOLERANCES.get(self.precision, max(TOLERANCES.values()))
 
-    def values(self) -> tuple[Any, ...]:
-        """Its fields, in order."""
-        return self.shape_yx, self.data, self.device, self.precision, self.deterministic, self.scheme
+    def expected(self) -> tuple[bytes, str, str] | None:
+        """Return what a worker must give, without the shape, which its patches have; None: it may give anything."""
+        return (self.data, self.device, self.precision) if self.deterministic else None
 
     def describe(self) -> dict[str, Any]:
         """Give it as JSON values, with the versions of the libraries that it may depend on."""
@@ -167,7 +167,7 @@ def coarsest(precisions: Iterable[str]) -> str:
 def distance(one: Behaviour, other: Behaviour) -> float:
     """Give the largest difference between the projections of a patch, relative to the largest norm of any patch.
 
-    Not to that of the same patch: features that cancel out to almost nothing are mostly rounding errors.
+    The norm of the same patch would not do: features that cancel out to almost nothing are mostly rounding errors.
     """
     a, b = one.projection.astype(np.float64), other.projection.astype(np.float64)
     if a.shape != b.shape:

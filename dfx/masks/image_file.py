@@ -1,4 +1,4 @@
-"""Image files as they are stored: every bit, no rotation, no colour conversion beyond that of the codec."""
+"""Image files as they are stored: every bit, no rotation, no colour conversion except by the codec."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 from PIL.Image import Image as PillowImage
+
+from dfx.tiff_rules import has_aspect, palette_colours
 
 KINDS = "PNG, JPEG, TIFF, BMP, GIF or WebP"
 MOST_PIXELS = 2**28
@@ -148,7 +150,7 @@ def read_tiff(tif: tifffile.TiffFile) -> Image:
     if code == 3:
         if pixels.shape[2] > 1:
             raise ImageError("has a palette and alpha: save it as RGBA")
-        return Image(in_colour(pixels[..., 0], page.colormap), pixels[..., 0], lossy, valid=valid)
+        return Image(palette_colours(page.colormap)[pixels[..., 0]], pixels[..., 0], lossy, valid=valid)
     pixels = scaled(pixels, page.bitspersample)
     if code == 0:
         pixels = black_is_zero(pixels, tif, page)
@@ -200,14 +202,7 @@ def is_smaller(page: Any, largest: Any) -> bool:
         return False
     if page.samplesperpixel != largest.samplesperpixel or page.dtype != largest.dtype:
         return False
-    height, step = page.imagelength, largest.imagelength / largest.imagewidth
-    return bool(abs(height - step * page.imagewidth) <= max(1.5, 0.02 * height, 1.5 * step))
-
-
-def in_colour(index: NDArray[Any], colormap: NDArray[Any]) -> NDArray[np.uint8]:
-    """Look up a palette of 16-bit values, or of 8-bit values as some tools write; as libtiff decides it."""
-    table = colormap >> 8 if colormap.max() > 255 else colormap
-    return np.ascontiguousarray(table.astype(np.uint8).T[index])
+    return has_aspect((page.imagelength, page.imagewidth), (largest.imagelength, largest.imagewidth))
 
 
 def scaled(pixels: NDArray[Any], bits: int) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from dfx.errors import CallError
 from dfx.masks.image_file import MOST_PIXELS
 
 Origin: TypeAlias = Literal["slide", "bounds"]
-"""Which corner a mask begins at: that of the slide, or of its bounds."""
+"""The corner at which a mask begins: the slide's, or the corner of its bounds."""
 Bounds: TypeAlias = tuple[int, int, int, int]
 """(x, y, width, height) of what was scanned, in level-0 pixels."""
 

@@ -70,7 +70,7 @@ class Planned:
     pixels_yx: tuple[int, int]
     """Rows and columns of a patch as the encoders get it."""
     behaviours: tuple[Behaviour | None, ...]
-    """What each encoder gave for synthetic patches where the slide was planned; None: not measured."""
+    """Behaviour of each encoder in the process that planned the slide; None: not measured."""
     projected: int
     """Bytes that a worker of the cluster takes for it."""
     place: Place | None = None
@@ -116,7 +116,7 @@ class Request:
     overwrite: bool
     """Whether a store of another plan is replaced."""
     expected: Expected = field(default_factory=dict)
-    """What the encoders must give on the worker that plans."""
+    """Behaviours that the encoders must have on the worker that plans."""
 
     def __call__(self) -> Planned:
         """Plan the slide; raises `DfxError`, of which `WorkerMismatch` is this worker's fault."""

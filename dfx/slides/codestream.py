@@ -14,7 +14,8 @@ END = b"\xff\xd9"
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
 """A JPEG marker other than restart marks; FF 00 is a stuffed byte of the picture, and FF may be repeated before one."""
 _SOI, _EOI, _SOS, _APP0, _APP14, _TEM = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE, 0x01
-_FRAMES = {code for code in range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+FRAMES = {code for code in range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""The JPEG markers of a frame's header."""
 _TABLES = {0xC4, 0xCC, 0xDB, 0xDD}
 _SOD, _SOT, _SIZ, _COD = 0x93, 0x90, 0x51, 0x52
 
@@ -91,7 +92,7 @@ def jpeg_header(data: bytes) -> JpegHeader:
             jfif = True
         elif code == _APP14 and content.startswith(b"Adobe") and len(content) >= 12:
             adobe = content[11]
-        elif code in _FRAMES:
+        elif code in FRAMES:
             frame = content
         elif code == _SOS:
             end = stop
@@ -181,7 +182,7 @@ def _header_segments(data: bytes, at: int) -> Iterator[tuple[int, int, int]]:
 
 
 def jpeg2000_header(data: bytes) -> Jpeg2000Header:
-    """Parse the main header of a codestream or a JP2 file. Raises `ValueError` where there is none."""
+    """Parse the main header of a codestream or a JP2 file; raises `ValueError` for other data."""
     at, enumerated = _codestream(data)
     segments: dict[int, bytes] = {}
     for code, start, stop in _header_segments(data, at + 2):

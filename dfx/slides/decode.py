@@ -17,6 +17,7 @@ from dfx.slides.jpeg import JpegTiles
 from dfx.slides.jpeg2000 import Jpeg2000Tiles, ycc_to_rgb
 from dfx.slides.layout import Layout
 from dfx.slides.level import Colour, Decode
+from dfx.tiff_rules import palette_colours
 
 JPEGXR, ZSTD = (22610, 34934), (34926, 50000)
 UNFRAMED: dict[int, Callable[..., bytes | bytearray]] = {5: imagecodecs.lzw_decode, 32773: imagecodecs.packbits_decode}
@@ -50,7 +51,7 @@ def decoder(page: Any, keyframe: Any, base: int) -> Decode:
     if keyframe.photometric == 0 and keyframe.dtype == np.uint8 and keyframe.bitspersample == 8:
         after = inverted
     elif is_palette(keyframe):
-        after = Palette.of(keyframe.colormap)
+        after = Palette(palette_colours(keyframe.colormap))
     tiles = JpegTiles.of(page, keyframe) or Jpeg2000Tiles.of(keyframe)
     decode = tiles.decode if tiles else tifffile_decoder(page, keyframe, base)
     if not after:
@@ -122,16 +123,6 @@ class Palette:
 
     colours: NDArray[np.uint8]
     """(indices, 3)."""
-
-    @classmethod
-    def of(cls, colormap: Any) -> Palette:
-        """Make the table of a ColorMap, (3, indices) of 16 bits.
-
-        Some writers store 8 bits, 0 to 255. Where no value is larger, they are taken so, as by libtiff: the other
-        reading would be black.
-        """
-        table = np.asarray(colormap)
-        return cls(np.ascontiguousarray((table if table.max() < 256 else table >> 8).astype(np.uint8).T))
 
     def __call__(self, tile: NDArray[Any]) -> NDArray[Any]:
         """Look the indices (rows, columns, 1) up. Raises `ValueError` where the palette has no such entry."""

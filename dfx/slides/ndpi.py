@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfx.errors import SlideError
-from dfx.slides.codestream import jpeg_segments
+from dfx.slides.codestream import FRAMES, jpeg_segments
 from dfx.slides.factors import Image, downsample_xy, ratio
 from dfx.slides.level import Level, StoredTiles
 from dfx.slides.pyramid import MOST_TILE_BYTES, make_level, pixel_um, tile_grid
 from dfx.slides.source import ByteSource
+from dfx.tiff_rules import has_aspect
 
 FILE_FORMAT, SOURCE_LENS, Z_OFFSET, MCU_STARTS, MCU_STARTS_HIGH = 65420, 65421, 65424, 65426, 65432
 LONGEST_SIDE = 65500
@@ -74,7 +75,7 @@ def ndpi_levels(tif: Any, source: ByteSource) -> tuple[list[Level], tuple[str, .
                 f"it holds several images of {shape[1]} x {shape[0]} pixels in one focal plane, "
                 "and nothing says which is the slide: export it again"
             )
-        if same_aspect(shape, base):
+        if has_aspect(shape, base):
             image = Image(shape[::-1], pixel_xy=pixel_um(page))
             factors = downsample_xy(whole, image) or ratio(whole.size_xy, image.size_xy)
             levels.append(make_level(shape, base, page, 1, (part,), factors))
@@ -113,12 +114,6 @@ def nearest_plane(pages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
     return planes[z], (f"{len(planes)} focal planes; the plane at {z} nm, {why}, is read",)
 
 
-def same_aspect(shape: Shape, base: Shape) -> bool:
-    """Whether an image can be a reduced version of another."""
-    expected = base[0] * shape[1] / base[1]
-    return abs(shape[0] - expected) <= max(1.5, 0.02 * shape[0], 1.5 * base[0] / base[1])
-
-
 @dataclass(frozen=True, eq=False)
 class LevelJpeg:
     """The JPEG of a level, by its header: up to the first byte of its compressed data."""
@@ -153,7 +148,7 @@ class LevelJpeg:
         for code, start, stop in jpeg_segments(data):
             if code == 0xDD:
                 interval = int.from_bytes(data[start:stop], "big")
-            elif 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC):
+            elif code in FRAMES:
                 frame, kind = start, code
             elif code == 0xDA:
                 end, in_scan = stop, data[start]

@@ -21,7 +21,7 @@ from dfx.slides.buffers import unwritten
 from dfx.slides.cache import OPENED, TILES
 from dfx.slides.identity import checksum
 from dfx.slides.jpeg import SHRINKS
-from dfx.slides.level import Level, TileGrid, as_rgb
+from dfx.slides.level import Level, as_rgb
 from dfx.slides.pixels import paste
 from dfx.slides.source import ByteSource
 
@@ -62,7 +62,7 @@ class Slide:
     """mpp and power that the user gave."""
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     bounds: Bounds | None = None
-    """What was scanned, (x, y, width, height) at the baseline, where the file tells it from the whole slide: of Leica
+    """The scanned area, (x, y, width, height) at the baseline, where the file tells it from the whole slide: of Leica
     SCN, and where OpenSlide has `openslide.bounds-*`. QuPath crops slides to it."""
     reopen: Callable[..., Slide] = field(default=None, repr=False)  # type: ignore[assignment]
     """Opens the same slide in another process."""
@@ -181,7 +181,7 @@ class Slide:
                 tile = TILES.get(key) if (r, c) in shared else None
                 if tile is None:
                     try:
-                        tile = self._decode(n, part, r, c, scratch=True, shrink=shrink)
+                        tile = level.decode(self.source, n, part, r, c, scratch=True, shrink=shrink)
                     except TileError as e:
                         if damaged is None:
                             raise
@@ -199,11 +199,6 @@ class Slide:
         """Whether a level's tiles can be decoded to a part of their size."""
         level = self.levels[n]
         return level.colour == "rgb" and by in SHRINKS and all(part.can_shrink for part in level.parts)
-
-    def _decode(
-        self, n: int, part: TileGrid, row: int, column: int, *, scratch: bool = False, shrink: int = 1
-    ) -> NDArray[Any]:
-        return self.levels[n].decode(self.source, n, part, row, column, scratch=scratch, shrink=shrink)
 
     def check_picture(self, n: int = 0) -> None:
         """Raise `SlideError` when the level's channels are no colours that patches can be made of."""
