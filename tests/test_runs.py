@@ -369,6 +369,26 @@ def test_many_runs_that_make_one_store_at_once_make_one(made_slide: Path, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["one.zarr"]
 
 
+def test_a_folder_that_another_run_makes_while_it_is_removed_is_removed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Path.is_dir
+
+    def late(self: Path) -> bool:
+        there = original(self)
+        if self.name == "notes" and not there:
+            self.mkdir()
+            (self / "closing.json").touch()
+        return there
+
+    place = place_of(tmp_path / "one.zarr")
+    (tmp_path / "one.zarr").mkdir()
+    monkeypatch.setattr(Path, "is_dir", late)
+    place.remove(["notes"])
+    monkeypatch.undo()
+    assert not (tmp_path / "one.zarr").exists()
+
+
 def test_many_runs_that_close_one_store_at_once_close_it(
     made_slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,10 +121,13 @@ class Disk:
         """Remove files and folders in it, and itself when nothing is left."""
         for name in names:
             node = self.path / name
-            if node.is_dir() and not node.is_symlink():
-                remove_folder(node)
-            else:
-                node.unlink(missing_ok=True)
+            if node.is_symlink() or not node.is_dir():
+                try:
+                    node.unlink(missing_ok=True)
+                    continue
+                except IsADirectoryError:  # another run has made it since
+                    pass
+            remove_folder(node)
         try:
             self.path.rmdir()
         except OSError as e:
