@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from layouts import CODECS, Layout, Written, write
 
@@ -64,6 +64,10 @@ def layouts(draw: st.DrawFn) -> Layout:
         options["cut"] = options["codec"] != "lzw" and draw(st.booleans())  # LZW cut short is refused
         options |= {flag: draw(st.booleans()) for flag in ("big_endian", "big_tiff")}
         options["sub_ifds"] = vendor == "generic" and draw(st.booleans())
+    if factors == (1, 3) and options["tile_yx"] and vendor != "leica":
+        # Such a level may be one of factor 4 that is padded to whole tiles, so it is left out (test_levels.py).
+        sides = zip(options["size_yx"], options["tile_yx"], strict=True)
+        assume(any(side // 3 % tile for side, tile in sides))
     tile = st.tuples(st.integers(0, len(factors) - 1), st.integers(0, 9))
     if options["codec"] != "none" or options["tile_yx"]:  # tifffile writes no such strips
         options["missing"] = tuple(draw(st.lists(tile, max_size=4)))
@@ -94,7 +98,9 @@ def check(data: st.DataObject, folder: Path) -> None:
     size_xy = (int(np.rint(np.rint(width / ds) * scale)), int(np.rint(np.rint(height / ds) * scale)))
     if min(size_xy) < 1:
         return
-    grid = dfx.PatchGrid.over(slide, shape=shape, stride=stride, resolution=value, units=units, mask=mask)
+    grid = dfx.PatchGrid.over(
+        slide, shape=shape, stride=stride, resolution=value, units=units, mask=mask, mask_origin="slide"
+    )
     if units == "level":  # tests of geometry hold sizes; here pixels are at issue
         size_xy = grid.view.size_xy
     own, to_baseline = grid.view.downsample_xy or (ds, ds), grid.view.to_baseline
