@@ -188,15 +188,14 @@ def draw_missing(layout: Layout, levels: list[Pixels]) -> None:
     for n in range(1, len(levels)):
         level, finer = levels[n], levels[n - 1]
         lost = {t for m, t in layout.missing if m == n}
-        centres = [
-            ((np.arange(s) + 0.5) * f / s).astype(int) for s, f in zip(level.shape, finer.shape[:2], strict=False)
-        ]
+        step = layout.factors[n] / layout.factors[n - 1]  # levels lose odd rows and columns, and are not stretched
+        centres = [((np.arange(s) + 0.5) * step).astype(int) for s in level.shape[:2]]
         on_gap = gaps[np.ix_(*centres)]
         for t, (top, left, bottom, right) in enumerate(boxes(level.shape, layout.tile_yx)):
             if t in lost or on_gap[top:bottom, left:right].any():
                 lost.add(t)
-                rows = average(finer.astype(float), finer.shape[0] / level.shape[0] * np.arange(top, bottom + 1), 0)
-                tile = average(rows, finer.shape[1] / level.shape[1] * np.arange(left, right + 1), 1)
+                rows = average(finer.astype(float), step * np.arange(top, bottom + 1), 0)
+                tile = average(rows, step * np.arange(left, right + 1), 1)
                 level[top:bottom, left:right] = np.rint(tile)
         gaps = tile_mask(layout, level.shape, lost)
 
