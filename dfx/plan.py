@@ -288,10 +288,10 @@ def describe_heads(heads: Sequence[Head], *, weights: bool = True) -> dict[str, 
 
 
 def head_names(encoders: Sequence[EncoderSpec]) -> list[str]:
-    """Name encoders so that each can be a node of a store; raises `CallError` where one is given twice."""
+    """Name encoders so that each can be a node of a store; raises `CallError` for a name that is given twice."""
     names: list[str] = []
     for n, encoder in enumerate(encoders):
-        if encoder in encoders[:n]:
+        if encoder.named and encoder in encoders[:n]:
             raise CallError(f"encoder {encoder.name} is given twice: give it once.")
         name = stem = encoder.name.replace("/", "-")
         count = 1

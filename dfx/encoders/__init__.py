@@ -111,16 +111,12 @@ def _module_spec(module: Any, weights: str | Path | None) -> EncoderSpec:
     if torch is None or not isinstance(module, torch.nn.Module):
         raise CallTypeError(f"an encoder is a name or a torch.nn.Module, not {type(module).__name__}.")
     from dfx.encoders import hub, modules
-    from dfx.encoders import weights as files
 
     if weights is None:
         return modules.module_spec(module)
     if weights == "random":
         raise CallError("weights='random' is for named encoders: a module has its weights already.")
-    spec = modules.module_spec(module)
-    name = type(module).__name__
-    files.load_into(spec.module, hub.given(hub.Wanted(name, (hub.FILES,), None), weights), name)
-    return modules.module_spec(spec.module)
+    return modules.module_spec(module, hub.given(hub.Wanted(type(module).__name__, (hub.FILES,), None), weights))
 
 
 def check_device(device: object) -> str:

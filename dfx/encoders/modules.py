@@ -2,77 +2,140 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import os
+import uuid
 import weakref
+from pathlib import Path
 
-import cloudpickle
 from torch import nn
 
-from dfx.encoders import named
+from dfx.encoders import copying, named
 from dfx.encoders.digest import module_digest
 from dfx.encoders.spec import SHARED, EncoderSpec, Kept
+from dfx.encoders.weights import load_into
 from dfx.errors import EncoderError
 
 MODULES: Kept[nn.Module] = Kept(8)
 """Networks in main memory, in evaluation mode."""
-GIVEN: weakref.WeakValueDictionary[tuple[str, str], nn.Module] = weakref.WeakValueDictionary()
-"""Modules given in this process; they live as long as the specs, extractors and arrays that hold them."""
+GIVEN: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+"""Copies of modules given in this process, by token; they live as long as specs, extractors and arrays."""
 
-_tokens: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-_counter = itertools.count()
+_digests: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Of the copies, as they were given: running a module may change its attributes."""
 
 
-def module_spec(module: nn.Module) -> EncoderSpec:
-    """Describe a module and keep a copy of it as it is now; the module itself is left as it is."""
-    try:
-        own = copy.deepcopy(module).to("cpu").eval()
-        digest = module_digest(own)
-    except Exception as e:  # whatever a module's attributes raise; lazy and meta modules have no values
-        raise EncoderError(
-            f"module {type(module).__name__} can't be copied ({type(e).__name__}: {e}): "
-            "initialise its parameters, and hold no locks or open files in it."
-        ) from e
-    spec = EncoderSpec(
-        name=type(module).__name__,
+def module_spec(module: nn.Module, weights: Path | None = None) -> EncoderSpec:
+    """Returns the description of a module, and keeps a copy of it as it is now; the module is left as it is.
+
+    A module that is given twice without a change between is copied once.
+
+    Parameters
+    ----------
+    module
+        Any module whose parameters have values.
+    weights
+        A file whose values the copy gets.
+
+    Raises
+    ------
+    EncoderError
+        For a module that can't be copied, or weights that are not the module's.
+    """
+    name = type(module).__name__
+    check_values(module, name)
+    inner = copying.bare(module)
+    if weights is not None:
+        inner = copy_of(inner, name)
+        load_into(inner, weights, name)
+    token = token_of(inner)
+    own = GIVEN.get(token)
+    if own is None:
+        own = copy_of(inner, name) if weights is None else inner
+        _digests[own] = module_digest(own)
+        GIVEN[token] = own
+    return EncoderSpec(
+        name=name,
         kind="tiatoolbox" if hasattr(module, "infer_batch") else "module",
         weights="given",
-        weights_digest=digest,
-        token=f"{os.getpid()}-{_tokens.setdefault(module, next(_counter))}",
+        weights_digest=_digests[own],
+        token=token,
         module=own,
     )
-    GIVEN[spec.token, digest] = own
-    return spec
+
+
+def check_values(module: nn.Module, name: str) -> None:
+    """Refuse a module some of whose parameters have no values."""
+    for key, value in [*module.named_parameters(), *module.named_buffers()]:
+        if nn.parameter.is_lazy(value):
+            raise EncoderError(f"module {name} has no values for '{key}' yet: call it on a batch before it is given.")
+        if value.is_meta:
+            raise EncoderError(f"module {name} has '{key}' on the meta device, without values: load its weights first.")
+
+
+def copy_of(module: nn.Module, name: str) -> nn.Module:
+    """Returns a copy in main memory and evaluation mode; raises `EncoderError` that names what prevents it."""
+    try:
+        own = copying.copied(module)
+    except Exception as e:  # whatever a module's attributes raise
+        at = copying.unpicklable(module, copying.check_copied)
+        raise EncoderError(
+            f"module {name} can't be copied{f': its {at}' if at else ''} ({type(e).__name__}: {e}). "
+            "Create such a thing (a lock, an open file, a generator) in forward, or leave it out of the module."
+        ) from e
+    try:
+        return own.eval()
+    except NotImplementedError as e:  # programs of torch.export
+        raise EncoderError(f"module {name} has no evaluation mode ({e}): give the module that it was made of.") from e
+
+
+def token_of(module: nn.Module) -> str:
+    """Returns what identifies the content of a module in all processes.
+
+    Two modules of one class have different ones also where the class was loaded anew between them, since their bytes
+    hold the class by name.
+    """
+    try:
+        token = copying.content_digest(module)
+    except Exception:  # it can run in this process, and sending it says what prevents that
+        return uuid.uuid4().hex
+    kept = GIVEN.get(token)
+    if kept is not None:
+        now, then = copying.importable_classes(module), copying.importable_classes(kept)
+        if any(then.get(key, cls) is not cls for key, cls in now.items()):
+            return uuid.uuid4().hex
+    return token
 
 
 def module_of(spec: EncoderSpec) -> nn.Module:
-    """Give a spec's network in main memory, building it the first time."""
-    given = GIVEN.get((spec.token, spec.weights_digest))
+    """Returns a spec's network in main memory, building it the first time."""
+    given = GIVEN.get(spec.token)
     if given is not None:
         return given
     return MODULES.get(spec.key, lambda: named.build(spec) if spec.named else unpickle(spec))
 
 
 def pickle_module(spec: EncoderSpec) -> bytes:
-    """Pickle a given module by value, so that classes of a notebook or `__main__` travel too."""
+    """Returns a given module as bytes, with classes of a notebook or `__main__` by value."""
+    module = module_of(spec)
     try:
-        return bytes(cloudpickle.dumps(module_of(spec)))
-    except Exception as e:
-        raise EncoderError(f"module {spec.name} can't be sent to workers ({e}): make it picklable.") from e
+        return copying.dumps(module)
+    except Exception as e:  # whatever a module's attributes raise
+        at = copying.unpicklable(module, copying.dumps)
+        raise EncoderError(
+            f"module {spec.name} can't be sent to workers{f': its {at}' if at else ''} ({type(e).__name__}: {e}): "
+            "make that picklable, or use workers of this process."
+        ) from e
 
 
 def unpickle(spec: EncoderSpec) -> nn.Module:
-    """Build a given module from what the client handed to this process."""
+    """Returns a given module, built from the bytes that the client handed to this process."""
     data = SHARED.get(spec.key, lambda: _absent(spec))
     try:
-        module: nn.Module = cloudpickle.loads(data)
+        return copying.loads(data).eval()
     except Exception as e:
         raise EncoderError(
             f"module {spec.name} can't be built on this worker ({type(e).__name__}: {e}): "
             "install what defines it on the workers too."
         ) from e
-    return module.eval()
 
 
 def _absent(spec: EncoderSpec) -> bytes:

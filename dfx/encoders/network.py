@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -16,16 +16,21 @@ from torch import nn
 
 from dfx.encoders import named
 from dfx.encoders.behaviour import TOLERANCES, coarsest
+from dfx.encoders.copying import copied
 from dfx.encoders.modules import module_of
 from dfx.encoders.outputs import pool, rows_of, to_numpy
 from dfx.encoders.prepare import Prepare
 from dfx.encoders.spec import EncoderSpec, Kept
+from dfx.encoders.tokens import token_layout
 from dfx.errors import EncoderError
 
 NETWORKS: Kept[Network] = Kept(8)
 """Networks on a device."""
 PROBES: Kept[Probe] = Kept(256)
 """What networks give for patches of a shape."""
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+"""Of each module that runs. Networks of several specs may share it, and hooks keep features in it."""
 
 
 def network(spec: EncoderSpec, device: str) -> Network:
@@ -145,11 +150,13 @@ class Network:
         self.module = module
         self.precision = spec.cpu_precision if device.type == "cpu" else spec.precision
         if device.type != "cpu":
-            self.module = copy.deepcopy(module).to(device).to(memory_format=torch.channels_last)
+            self.module = copied(module, device).to(memory_format=torch.channels_last)
         self._uncompiled = self.module
+        self._lock = _locks.setdefault(self.module, threading.Lock())
+        self._dtype = torch.float32 if self.precision != "float32" else parameter_dtype(self.module)
+        self._tokens = token_layout(self.module, spec.name) if spec.pooling and not spec.named else None
         if spec.compiled:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
-        self._lock = threading.Lock()
         self._prepare = Prepare(spec, device)
 
     @property
@@ -189,17 +196,27 @@ class Network:
             except Exception as e:  # whatever a network raises
                 raise EncoderError(
                     f"encoder {self.spec.name} failed on {len(batch)} patches of {batch.shape[1]} x {batch.shape[2]} "
-                    f"on {self.device} ({type(e).__name__}: {e})."
+                    f"on {self.device} ({type(e).__name__}: {e}).{self._remedy()}"
                 ) from e
         return np.concatenate(rows)
 
     def _run(self, module: nn.Module, batch: NDArray[np.uint8], threads: int | None) -> NDArray[np.floating[Any]]:
         x = self._prepare(batch)
         with self._lock, torch_threads(threads if self.device.type == "cpu" else None), self._autocast():
-            out = pool(module(x), self.spec, len(batch))
+            out = pool(module(x.to(self._dtype)), self.spec, len(batch), self._tokens, x.shape[2:])
             found = to_numpy(out if self.spec.kind == "module" and self.precision == "float32" else out.float())
         # A module that gives part of what it was given would see its features change with the next batch.
         return found.copy() if self.device.type == "cpu" and np.may_share_memory(found, x.numpy()) else found
+
+    def _remedy(self) -> str:
+        """Returns what to do where the data types of a given module's parameters may be the reason of a failure."""
+        found = sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()} - {"float32"})
+        if self.spec.kind != "module" or not found:
+            return ""
+        return (
+            f" It has parameters of {' and '.join(found)}: give module.float(), "
+            "or load_encoder(module, precision='float16'|'bfloat16')."
+        )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "float32":
@@ -221,6 +238,12 @@ def tf32_is_on() -> bool:
         return bool(torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     except RuntimeError:  # set for some of the operations
         return True
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    """Returns the data type that all floating parameters of a module have; float32 where they have several, or none."""
+    found = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 @contextlib.contextmanager

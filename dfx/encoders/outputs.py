@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from dfx.encoders.spec import EncoderSpec
+from dfx.encoders.tokens import TokenLayout
 from dfx.errors import EncoderError
 
 
@@ -34,23 +36,49 @@ def rows_of(out: Any, n: int, name: str) -> torch.Tensor:
     return rows
 
 
-def pool(out: Any, spec: EncoderSpec, n: int) -> torch.Tensor:
-    """Turn a network's output into (N, D); raises `EncoderError` where that would be a guess."""
-    if isinstance(out, torch.Tensor) and out.ndim == 3 and spec.pooling and not spec.named:
-        cls, mean = out[:, 0], out[:, 1:].mean(1)
-        out = {"cls": cls, "mean": out.mean(1), "cls+mean": torch.cat([cls, mean], 1)}[spec.pooling]
-    elif isinstance(out, torch.Tensor) and out.ndim == 4 and spec.pooling == "mean":
+def pool(
+    out: Any, spec: EncoderSpec, n: int, layout: TokenLayout | None = None, shape_yx: Sequence[int] = ()
+) -> torch.Tensor:
+    """Returns a network's output as (N, D); raises `EncoderError` where that would be a guess.
+
+    `layout`: what a given module says of its tokens. None: the first is the class token, and "mean" is of all tokens.
+    `shape_yx`: of the images.
+    """
+    rank = out.ndim if isinstance(out, torch.Tensor) else 0
+    if rank == 3 and spec.pooling and not spec.named:
+        mean = out.mean(1) if spec.pooling == "mean" else out[:, 1:].mean(1)
+        if layout is not None:
+            prefix = layout.prefix_in(out.shape[1], spec.name, spec.pooling, shape_yx)
+            mean = out[:, prefix:].mean(1)
+        out = {"cls": out[:, 0], "mean": mean, "cls+mean": torch.cat([out[:, 0], mean], 1)}[spec.pooling]
+    elif rank == 4 and spec.pooling == "mean":
         out = out.mean((2, 3))
-    elif isinstance(out, torch.Tensor) and out.ndim == 2 and spec.pooling and not spec.named:
+    elif rank == 2 and spec.pooling and not spec.named:
         raise EncoderError(f"encoder {spec.name} gives (N, D) itself: leave out pooling={spec.pooling!r}.")
     if not isinstance(out, torch.Tensor) or out.ndim != 2 or out.shape[0] != n:
-        found = f"a tensor of shape {tuple(out.shape)}" if isinstance(out, torch.Tensor) else f"a {type(out).__name__}"
-        raise EncoderError(
-            f"encoder {spec.name} gives {found} for {n} patches, not ({n}, D): "
-            "pool inside the module, or use load_encoder(module, pooling='cls'|'mean'|'cls+mean') for tokens "
-            "and pooling='mean' for maps."
-        )
+        raise EncoderError(f"encoder {spec.name} gives {described(out)} for {n} patches, not ({n}, D): {remedy(out)}.")
     return out
+
+
+def described(out: Any) -> str:
+    """Returns in words what a network gives."""
+    if isinstance(out, torch.Tensor):
+        return f"a tensor of shape {tuple(out.shape)}"
+    keys = ", ".join(map(repr, out)) if isinstance(out, Mapping) else ", ".join(getattr(out, "_fields", ()))
+    return f"a {type(out).__name__}{f' with {keys}' if keys else ''}"
+
+
+def remedy(out: Any) -> str:
+    """Returns what to do about an output of a wrong shape."""
+    if not isinstance(out, torch.Tensor):
+        return "wrap it in a module whose forward returns the one tensor that is wanted"
+    if out.ndim == 3:
+        return "pool inside the module, or use load_encoder(module, pooling='cls'|'mean'|'cls+mean') for tokens"
+    if out.ndim == 4:
+        return "pool inside the module, or use load_encoder(module, pooling='mean') for maps"
+    if out.ndim == 1:
+        return "a module with one number per patch returns it as x[:, None]"
+    return "return one row per patch, in their order"
 
 
 def to_numpy(out: torch.Tensor) -> NDArray[np.floating[Any]]:

@@ -53,15 +53,17 @@ class EncoderSpec:
     trusted: bool = False
     """Whether code of its repository may run."""
     token: str = ""
-    """Tells given modules apart that seem equal."""
+    """Identifies the content of a given module: one module that was changed between two loads has two."""
     module: Any = field(default=None, repr=False, compare=False)
     """A given module, in the process that it was given to; kept alive by what uses it, never pickled."""
 
     @property
     def key(self) -> str:
         """Under which a process keeps the network: all that its layers depend on."""
+        if not self.named:
+            return f"{self.name}-{self.token}"
         size = "x".join(map(str, self.input_size or ()))
-        return f"{self.name}-{self.weights_digest[:16]}-{size}-{self.pooling}-{self.token}"
+        return f"{self.name}-{self.weights_digest[:16]}-{size}-{self.pooling}"
 
     @property
     def named(self) -> bool:
