@@ -12,6 +12,7 @@ import timm
 import torch
 from torch import nn
 
+from dfx.encoders import tokens
 from dfx.encoders import weights as files
 from dfx.encoders.cards import Card, find
 from dfx.encoders.catalogue import FILES_CLIP
@@ -82,7 +83,7 @@ def from_timm(spec: EncoderSpec, card: Card | None) -> nn.Module:
         pools = getattr(module, "global_pool", "")
         if spec.pooling == "cls+mean" or (spec.pooling == "mean" and pools == "token"):
             module.reset_classifier(0, "")  # type: ignore[operator]  # which leaves its norm where the weights have it
-            return Tokens(module, spec.pooling, prefix_of(module))
+            return Tokens(module, spec.pooling, prefix_of(module, spec.pooling))
         if spec.pooling == "mean":
             module.reset_classifier(0, "avg")  # type: ignore[operator]
     except (AssertionError, TypeError, ValueError, RuntimeError) as e:
@@ -93,11 +94,16 @@ def from_timm(spec: EncoderSpec, card: Card | None) -> nn.Module:
     return module
 
 
-def prefix_of(module: nn.Module) -> int:
-    """Count the tokens before those of patches; raises `ValueError` for a network that gives maps."""
-    prefix = getattr(module, "num_prefix_tokens", None)
-    if not isinstance(prefix, int):
+def prefix_of(module: nn.Module, pooling: str) -> int:
+    """Returns the number of tokens before those of patches.
+
+    Raises `ValueError` for a network that gives maps, or lacks the class token that the pooling needs.
+    """
+    prefix = tokens.prefix_of(module)
+    if prefix is None:
         raise ValueError("it gives maps, not tokens")
+    if "cls" in pooling and not tokens.has_class_token(module):
+        raise ValueError("it has no class token")
     return prefix
 
 

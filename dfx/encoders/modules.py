@@ -19,9 +19,6 @@ MODULES: Kept[nn.Module] = Kept(8)
 GIVEN: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 """Copies of modules given in this process, by token; they live as long as specs, extractors and arrays."""
 
-_digests: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Of the copies, as they were given: running a module may change its attributes."""
-
 
 def module_spec(module: nn.Module, weights: Path | None = None) -> EncoderSpec:
     """Returns the description of a module, and keeps a copy of it as it is now; the module is left as it is.
@@ -49,14 +46,12 @@ def module_spec(module: nn.Module, weights: Path | None = None) -> EncoderSpec:
     token = token_of(inner)
     own = GIVEN.get(token)
     if own is None:
-        own = copy_of(inner, name) if weights is None else inner
-        _digests[own] = module_digest(own)
-        GIVEN[token] = own
+        own = GIVEN[token] = copy_of(inner, name) if weights is None else inner
     return EncoderSpec(
         name=name,
         kind="tiatoolbox" if hasattr(module, "infer_batch") else "module",
         weights="given",
-        weights_digest=_digests[own],
+        weights_digest=module_digest(module if weights is None else inner),
         token=token,
         module=own,
     )
@@ -66,9 +61,9 @@ def check_values(module: nn.Module, name: str) -> None:
     """Refuse a module some of whose parameters have no values."""
     for key, value in [*module.named_parameters(), *module.named_buffers()]:
         if nn.parameter.is_lazy(value):
-            raise EncoderError(f"module {name} has no values for '{key}' yet: call it on a batch before it is given.")
+            raise EncoderError(f"module {name} can't be copied: '{key}' has no values yet; call it on a batch first.")
         if value.is_meta:
-            raise EncoderError(f"module {name} has '{key}' on the meta device, without values: load its weights first.")
+            raise EncoderError(f"module {name} can't be copied: '{key}' is on the meta device; load its weights first.")
 
 
 def copy_of(module: nn.Module, name: str) -> nn.Module:

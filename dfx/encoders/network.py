@@ -211,7 +211,7 @@ class Network:
     def _remedy(self) -> str:
         """Returns what to do where the data types of a given module's parameters may be the reason of a failure."""
         found = sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()} - {"float32"})
-        if self.spec.kind != "module" or not found:
+        if self.spec.kind != "module" or self.precision != "float32" or not found:
             return ""
         return (
             f" It has parameters of {' and '.join(found)}: give module.float(), "

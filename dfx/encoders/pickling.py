@@ -1,0 +1,292 @@
+"""Picklers of modules: for copies within this process, and for other processes. See `dfx.encoders.copying`."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import pickle
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch
+from cloudpickle import cloudpickle as by_value
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+"""Attributes of a module that change its output when it is called."""
+
+
+class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Pickles modules that `pickle` refuses or changes: scripted, compiled and parametrized ones, and their hooks."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._cells: dict[int, tuple[CellType, CellType]] = {}
+        self._parts: set[int] = set()
+
+    def dump(self, obj: Any) -> None:
+        """Pickle a module."""
+        self._parts = {id(part) for part in obj.modules()} if isinstance(obj, nn.Module) else set()
+        super().dump(obj)
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Returns how an object is pickled; `NotImplemented`: by its own way."""
+        if isinstance(obj, torch.storage.TypedStorage):
+            untyped = obj._untyped_storage
+            # Each tensor makes an object of its own of a storage that it shares with others.
+            return typed_storage, (self._storages.setdefault(untyped._cdata, untyped), obj.dtype)
+        if isinstance(obj, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+            return load_script, (obj.save_to_buffer({}),)
+        if type(obj) is weakref.ref and id(obj()) in self._parts:
+            return weakref.ref, (obj(),)
+        if isinstance(obj, nn.Module):
+            return self._module(obj)
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, FunctionType):
+            compiled = vars(obj).get("_torchdynamo_orig_callable")
+            if compiled is not None:
+                return itself, (compiled,)
+            if reduced is not NotImplemented:
+                return self._function(obj, reduced)
+        return reduced
+
+    def _module(self, module: nn.Module) -> Any:
+        if is_compiled(module):
+            if any(getattr(module, name) for name in HOOKS):
+                raise pickle.PicklingError("it has hooks on the wrapper of torch.compile: give the module within")
+            return itself, (module._orig_mod,)
+        if is_parametrized(module):  # whose class refuses to be pickled, though its parts can be
+            return new_object, (type(module),), {k: v for k, v in vars(module).items() if k != "_compiled_call_impl"}
+        if isinstance(module, torch.fx.GraphModule):  # which builds itself anew, without hooks
+            make, (state, *others) = module.__reduce__()[:2]
+            hooks = {key: value for key, value in vars(module).items() if key.startswith(HOOKS)}
+            rest = {key: value for key, value in state.items() if key not in hooks}  # hooks may refer to the module
+            return make, (rest, *others), hooks, None, None, set_state
+        return NotImplemented
+
+    def _function(self, function: FunctionType, reduced: Any) -> Any:
+        """Functions that share a variable share it afterwards, which cloudpickle's own way does not keep."""
+        _, (code, scope, *_), state, *_ = reduced
+        cells = None if function.__closure__ is None else tuple(self._cell(cell) for cell in function.__closure__)
+        return make_function, (code, self._scope(function, scope, state[1]), cells), state, None, None, set_function
+
+    def _cell(self, cell: CellType) -> CellType:
+        """Returns the variable of the copy, without a value: its functions get that when they exist."""
+        return self._cells.setdefault(id(cell), (cell, CellType()))[1]
+
+    def _scope(self, function: FunctionType, scope: dict[str, Any], slots: dict[str, Any]) -> Any:
+        """Returns the global variables of a function's copy."""
+        raise NotImplementedError
+
+
+class PortablePickler(ModulePickler):
+    """For other processes."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._scopes: dict[str, ImportedScope] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Returns how an object is pickled; `NotImplemented`: by its own way."""
+        if isinstance(obj, torch.UntypedStorage):
+            return untyped_storage, (pickle.PickleBuffer(bytes_of(obj)),)
+        reduced = super().reducer_override(obj)
+        if isinstance(obj, type) and reduced is not NotImplemented and len(reduced) > 2:
+            make, (*args, _, extra), *others = reduced
+            # Without its number, by which a process that has another state of the class would take that.
+            return make, (*args, None, extra), *others
+        return reduced
+
+    def _scope(self, function: FunctionType, scope: dict[str, Any], slots: dict[str, Any]) -> Any:
+        name = str(function.__globals__.get("__name__"))
+        if name in ("__main__", *cloudpickle.list_registry_pickle_by_value()) or not owns(name, function.__globals__):
+            return scope
+        # Methods of importable classes use the module's own variables, and so must functions that share these.
+        return self._scopes.setdefault(name, ImportedScope(name))
+
+
+class LocalPickler(ModulePickler):
+    """For copies within this process: `things` are what the stream refers to and does not hold."""
+
+    def __init__(self, file: Any, cells: dict[int, CellType]) -> None:
+        super().__init__(file)
+        self.things: list[Any] = []
+        self._numbers: dict[int, int] = {}
+        self._shared: dict[int, Any] = {}
+        self._class_cells = cells
+
+    def persistent_id(self, obj: Any) -> int | None:
+        """Returns the number of a thing that the stream does not hold."""
+        if id(obj) in self._numbers:
+            return self._numbers[id(obj)]
+        if isinstance(obj, type):
+            for function in functions_of(obj):
+                note_cells(function, self._class_cells)
+        elif not (
+            isinstance(obj, ModuleType | torch.UntypedStorage)
+            or (type(obj) is weakref.ref and id(obj()) not in self._parts)
+            or id(obj) in self._shared
+            or id(obj) in self._class_cells
+            or (isinstance(obj, FunctionType) and is_stateless(obj))
+        ):
+            return None
+        self._numbers[id(obj)] = len(self.things)
+        self.things.append(obj)
+        return self._numbers[id(obj)]
+
+    def reducer_override(self, obj: Any) -> Any:
+        """Returns how an object is pickled; `NotImplemented`: by its own way."""
+        if isinstance(obj, MethodType) and obj.__func__ in list(functions_of(*type(obj.__self__).__mro__)):
+            self._shared[id(obj.__func__)] = obj.__func__
+        return super().reducer_override(obj)
+
+    def _scope(self, function: FunctionType, scope: dict[str, Any], slots: dict[str, Any]) -> Any:
+        slots["__globals__"] = {}
+        for thing in (function.__globals__, function.__code__):
+            self._shared[id(thing)] = thing
+        return function.__globals__
+
+    def _cell(self, cell: CellType) -> CellType:
+        return cell if id(cell) in self._class_cells else super()._cell(cell)
+
+
+class LocalUnpickler(pickle.Unpickler):
+    """Reads a stream of `LocalPickler`; tensors are copied to a device."""
+
+    def __init__(self, file: Any, things: list[Any], device: torch.device) -> None:
+        super().__init__(file)
+        self._things = things
+        self._device = device
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def persistent_load(self, pid: int) -> Any:
+        """Returns the thing of a number."""
+        thing = self._things[pid]
+        if not isinstance(thing, torch.UntypedStorage):
+            return thing
+        if pid not in self._storages:
+            new = torch.empty(thing.nbytes(), dtype=torch.uint8, device=self._device).untyped_storage()
+            self._storages[pid] = new.copy_(thing)
+        return self._storages[pid]
+
+
+class ImportedScope:
+    """The global variables of a module that is imported by name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> Any:
+        return imported_scope, (self.name,)
+
+
+def owns(name: str, scope: dict[str, Any]) -> bool:
+    """Whether global variables are those of the module of a name."""
+    return name in sys.modules and vars(sys.modules[name]) is scope
+
+
+def imported_scope(name: str) -> dict[str, Any]:
+    """Returns the global variables of a module; new ones where there is no such module here."""
+    try:
+        return vars(importlib.import_module(name))
+    except ImportError:
+        return {"__name__": name, "__package__": name.rpartition(".")[0]}
+
+
+def is_compiled(thing: object) -> bool:
+    """Whether a thing is the wrapper that `torch.compile` puts around a module."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # which is slow to import, and is where there is a wrapper
+    return eval_frame is not None and isinstance(thing, eval_frame.OptimizedModule)
+
+
+def functions_of(*classes: type) -> Iterator[FunctionType]:
+    """Yields the functions that classes define, also those within properties and static and class methods."""
+    for cls in classes:
+        for value in vars(cls).values():
+            inner = (getattr(value, key, None) for key in ("__func__", "fget", "fset", "func"))
+            yield from (f for f in (value, *inner) if isinstance(f, FunctionType))
+
+
+def note_cells(function: FunctionType, found: dict[int, CellType]) -> None:
+    """Note the variables of a function's closure, and of the functions in it."""
+    for cell in function.__closure__ or ():
+        if id(cell) not in found:
+            found[id(cell)] = cell
+            try:
+                value = cell.cell_contents
+            except ValueError:  # it has no value
+                continue
+            if isinstance(value, FunctionType):
+                note_cells(value, found)
+
+
+def is_stateless(function: FunctionType) -> bool:
+    """Whether a function is code alone, or is known by its name, so that a copy may use it too."""
+    if not (function.__closure__ or function.__defaults__ or function.__kwdefaults__ or vars(function)):
+        return True
+    found: Any = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is function
+
+
+def bytes_of(storage: Any) -> memoryview:
+    """Returns a storage's bytes, in main memory."""
+    return memoryview(torch.empty(0, dtype=torch.uint8).set_(storage.cpu()).numpy())  # type: ignore[arg-type]
+
+
+# What the streams name
+
+
+def untyped_storage(data: bytearray) -> torch.UntypedStorage:
+    """Returns a storage of bytes."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8)).clone().untyped_storage()
+
+
+def typed_storage(untyped: torch.UntypedStorage, dtype: torch.dtype) -> torch.storage.TypedStorage:
+    """Returns a storage as tensors of a data type take it."""
+    return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def load_script(data: bytes) -> nn.Module:
+    """Returns a scripted or traced module, or a scripted function as one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that torch.jit is deprecated is for its user to know
+        module: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
+    return module
+
+
+def itself(thing: Any) -> Any:
+    """Returns what it is given."""
+    return thing
+
+
+def new_object(cls: type) -> Any:
+    """Returns an object without its state."""
+    return object.__new__(cls)
+
+
+def set_state(thing: Any, state: dict[str, Any]) -> None:
+    """Give an object more attributes."""
+    vars(thing).update(state)
+
+
+def make_function(code: Any, scope: dict[str, Any], cells: tuple[CellType, ...] | None) -> FunctionType:
+    """Returns a function that lacks its state."""
+    scope.setdefault("__builtins__", __builtins__)
+    return FunctionType(code, scope, None, None, cells)
+
+
+def set_function(function: FunctionType, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Give a function its state; the global variables of a module that is here are the module's own."""
+    if owns(str(function.__globals__.get("__name__")), function.__globals__):
+        state[1]["__globals__"] = {}
+    by_value._function_setstate(function, state)
