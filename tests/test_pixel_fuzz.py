@@ -60,7 +60,9 @@ def layouts(draw: st.DrawFn) -> Layout:
             else ["rgb", "rgb", "rgba", "grey", "white-is-zero", "palette"]
         )
         options["kind"] = draw(st.sampled_from(kinds))
-        options["planar"] = options["kind"] in ("rgb", "rgba") and options["codec"] != "webp" and draw(st.booleans())
+        planes = options["kind"] in ("rgb", "rgba") and options["codec"] != "webp"
+        # A JPEG stream of four components is CMYK or of no known colours, and is refused.
+        options["planar"] = planes and (draw(st.booleans()) or (options["codec"], options["kind"]) == ("jpeg", "rgba"))
         options["cut"] = options["codec"] != "lzw" and draw(st.booleans())  # LZW cut short is refused
         options |= {flag: draw(st.booleans()) for flag in ("big_endian", "big_tiff")}
         options["sub_ifds"] = vendor == "generic" and draw(st.booleans())
