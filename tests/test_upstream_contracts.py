@@ -1,10 +1,13 @@
-"""Behaviours of Dask, distributed, zarr and tifffile that dfx leans on: an upgrade fails here first."""
+"""Behaviours of Dask, distributed, zarr, tifffile and cloudpickle that dfx leans on: an upgrade fails here first."""
 
 from __future__ import annotations
 
 import inspect
+import io
+import types
 from pathlib import Path
 
+import cloudpickle
 import dask
 import dask.array as da
 import distributed
@@ -108,6 +111,32 @@ def test_series_are_reached_by_index_and_have_levels_of_pages(tmp_path: Path) ->
         assert level.shape == (3, 64, 64)
         assert level.keyframe.axes == "YX"
         assert len(list(level.pages)) == 3
+
+
+def test_cloudpickle_takes_functions_and_classes_apart_as_given_modules_need_it() -> None:
+    shared = [1]
+
+    def function(x: int, y: int = 2) -> int:
+        return x + y + shared[0]
+
+    class Local:
+        pass
+
+    pickler = cloudpickle.Pickler(io.BytesIO())
+    _, (code, scope, *_), (attributes, slots), *_, set_state = pickler.reducer_override(function)
+    assert code is function.__code__
+    assert scope is not function.__globals__
+    assert attributes == vars(function)
+    assert {"__globals__", "__defaults__", "__closure__"} <= set(slots)
+    assert set_state is cloudpickle.cloudpickle._function_setstate
+    empty = types.FunctionType(code, {}, None, None, (types.CellType(),))
+    set_state(empty, (attributes, slots))
+    assert empty(1) == 4
+    make, (*args, tracker, extra), *others = pickler.reducer_override(Local)
+    assert isinstance(tracker, str)
+    assert make(*args, tracker, extra) is Local
+    assert make(*args, None, extra) is not Local  # without the number, a process makes a class of its own
+    assert others
 
 
 def test_the_names_that_dfx_calls_are_there() -> None:
