@@ -62,11 +62,12 @@ def load_encoder(
 
     `encoder`: a name of `list_encoders()` (whatever its case, `-` and `_`) or of timm, or a `torch.nn.Module`.
 
-    `weights` of a named one: a local file (`.safetensors` or a state dict) or the folder of its repository, "random"
-    for none, or None: what the folder of the environment's DFX_WEIGHTS has under its name (`uni.safetensors`, `.pt`,
-    `.pth`, `.bin`, or a folder `phikon/`), else the published ones, at `revision` where given. Code of a repository
-    runs only with `trust_remote_code=True` and a `revision` that is a commit (or `weights`, a folder); its digest is
-    part of the weights', so workers run the same.
+    `weights`: a local file (safetensors or a state dict, with whatever prefix its names have), the index of its shards
+    (`*.index.json`), or the folder of its repository; for a named one also "random" for none, or None: what the
+    folder of the environment's DFX_WEIGHTS has under its name (`uni.safetensors`, `.pt`, `.pth`, `.bin`, or a folder
+    `phikon/`), else the published ones, at `revision` where given. Code of a repository runs only with
+    `trust_remote_code=True` and a `revision` that is a commit (or `weights`, a folder); its digest is part of the
+    weights', so workers run the same.
 
     A module gets float32 NCHW RGB in [0, 1], less `mean` and divided by `std` where given, patches as they
     are unless `input_size` is given; one with TIAToolbox's `infer_batch` is honoured as it is.
@@ -99,7 +100,7 @@ def load_encoder(
     spec = spec.with_options(
         mean=mean, std=std, input_size=input_size, pooling=pooling, precision=precision, compile=bool(compile)
     )
-    if isinstance(encoder, str) and weights not in (None, "random"):
+    if isinstance(encoder, str) and spec.weights != "random" and not spec.weights.startswith("hub:"):
         modules.module_of(spec)  # weights of another architecture are refused now, not on a worker
     return spec
 

@@ -53,8 +53,6 @@ class Card:
     """What the library's constructor is given besides."""
     files: tuple[str, ...] = ()
     """What the weights' file is called; (): as the library names it."""
-    prefix: str = ""
-    """What the names of the network's parameters begin with in that file; others are not this network's."""
     shares: str | None = None
     """Another card's name, of the same weights."""
     code: bool = False

@@ -63,7 +63,6 @@ def _card(
     mpp_range: tuple[float, float] | None = None,
     pooling: str = "cls",
     files: tuple[str, ...] = (),
-    prefix: str = "",
     code: bool = False,
     page: str = "",
 ) -> Card:
@@ -87,7 +86,6 @@ def _card(
         architecture=architecture,
         build=build or {},
         files=files,
-        prefix=prefix,
         code=code,
         page=page,
     )
@@ -131,8 +129,7 @@ def _figures(
     name: str, source: str, architecture: str, dim: int, license: str, look: Look = CLIP, files: tuple[str, ...] = ()
 ) -> Card:
     """Trained on figures or posts with their texts: no resolution is theirs."""
-    prefix = "visual." if files else ""
-    return _card(name, source, architecture, dim, license, look, mpp=None, pooling="own", files=files, prefix=prefix)
+    return _card(name, source, architecture, dim, license, look, mpp=None, pooling="own", files=files)
 
 
 def _general(
@@ -303,7 +300,7 @@ PATHOLOGY: tuple[Card, ...] = (
         IMAGENET.linear,
         SCALE,
     ),
-    _card("sp22m", "timm:MountSinaiCompPath/SP22M", "vit_small_patch16_224", 384, "cc-by-nc-sa-4.0", prefix="encoder."),
+    _card("sp22m", "timm:MountSinaiCompPath/SP22M", "vit_small_patch16_224", 384, "cc-by-nc-sa-4.0"),
     _card(
         "hipt-256",
         "timm:",
@@ -312,7 +309,6 @@ PATHOLOGY: tuple[Card, ...] = (
         "apache-2.0 with commons clause",
         HALF,
         size=256,
-        prefix="backbone.",
         page="https://github.com/mahmoodlab/HIPT",
     ),
     _figures("plip", "transformers:vinid/plip", "CLIPVisionModelWithProjection", 512, "mit"),

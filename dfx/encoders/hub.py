@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dfx.encoders.weights import file_digest
+from dfx.encoders.weights import INDEX, file_digest, files_of, weight_map
 from dfx.errors import EncoderError
 
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -60,15 +60,28 @@ def endpoint() -> str:
     return constants.ENDPOINT
 
 
+def names_of(part: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names that a file may have, and then those of the index of its shards."""
+    return (*part, *(f"{name}{INDEX}" for name in part))
+
+
+def part_of(folder: Path, part: tuple[str, ...]) -> Path | None:
+    """Returns a file in a folder by the first of its names that is there, or the index of its shards; else None."""
+    return next((folder / name for name in names_of(part) if (folder / name).is_file()), None)
+
+
 def given(wanted: Wanted, path: str | Path) -> Path:
     """Give a weights path made absolute, down to what the encoder is built from; raises `EncoderError`."""
     found = Path(os.path.expanduser(path)).absolute()  # noqa: PTH111  # which leaves an unknown user's ~ alone
     if found.is_dir():
-        files = [next((found / name for name in part if (found / name).is_file()), None) for part in wanted.parts]
+        files = [part_of(found, part) for part in wanted.parts]
         if None not in files:
             return found if len(wanted.parts) > 1 else files[0]  # type: ignore[return-value]
         names = " and ".join(" or ".join(part) for part in wanted.parts)
-        raise EncoderError(f"weights {found} have no {names}: give the folder of '{wanted.name}'s repository.")
+        raise EncoderError(
+            f"weights {found} have no {names} (or shards and their {INDEX}): "
+            f"give the folder of '{wanted.name}'s repository."
+        )
     if not found.is_file():
         raise EncoderError(
             f"weights {found} are not a file or folder: give .safetensors, a state dict, or their folder."
@@ -129,17 +142,23 @@ def download(wanted: Wanted, *, cached: bool = False) -> Path:
     assert wanted.repository is not None
     found: list[Path] = []
     for part in wanted.parts:
-        for n, name in enumerate(part):
+        names = names_of(part)
+        for n, name in enumerate(names):
             try:
                 file = huggingface_hub.hf_hub_download(
                     wanted.repository, name, revision=wanted.revision, local_files_only=cached
                 )
             except errors.EntryNotFoundError:
-                if n == len(part) - 1:
+                if n == len(names) - 1:
                     raise
             else:
                 found.append(Path(file))
                 break
+        if found[-1].name.endswith(INDEX):
+            for shard in sorted(set(weight_map(found[-1]).values())):
+                huggingface_hub.hf_hub_download(
+                    wanted.repository, shard, revision=wanted.revision, local_files_only=cached
+                )
     if wanted.code:
         huggingface_hub.snapshot_download(
             wanted.repository, revision=wanted.revision, allow_patterns=["*.py", "*.json"], local_files_only=cached
@@ -150,15 +169,17 @@ def download(wanted: Wanted, *, cached: bool = False) -> Path:
 
 
 def digest(wanted: Wanted, path: Path) -> str:
-    """SHA-256 of a weights file, or of all files of a folder that the encoder is built from."""
-    if path.is_file():
+    """Returns the SHA-256 of a weights file, or of all shards or files of a folder that the encoder is built from."""
+    if path.is_file() and not path.name.endswith(INDEX):
         return file_digest(path)
-    names = [next(name for name in part if (path / name).is_file()) for part in wanted.parts]
+    folder = path if path.is_dir() else path.parent
+    parts = [path] if path.is_file() else [part_of(path, part) for part in wanted.parts]
+    files = [file for part in parts if part is not None for file in files_of(part)]
     if wanted.code:
-        names += [str(file.relative_to(path)) for file in path.rglob("*.py")]
+        files += path.rglob("*.py")
     found = hashlib.sha256()
-    for name in sorted(names):
-        found.update(f"{name} {file_digest(path / name)}\n".encode())
+    for name, file in sorted((str(file.relative_to(folder)), file) for file in files):
+        found.update(f"{name} {file_digest(file)}\n".encode())
     return found.hexdigest()
 
 

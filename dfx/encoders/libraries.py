@@ -12,12 +12,13 @@ import timm
 import torch
 from torch import nn
 
-from dfx.encoders import tokens
-from dfx.encoders import weights as files
+from dfx.encoders import hub, tokens
 from dfx.encoders.cards import Card, find
 from dfx.encoders.catalogue import FILES_CLIP
+from dfx.encoders.fitting import load_into
 from dfx.encoders.layers import LAYERS, Called, Hidden, Keep, Own, Tokens
 from dfx.encoders.spec import EncoderSpec
+from dfx.encoders.weights import INDEX, read_state_dict, some
 from dfx.errors import EncoderError
 
 PIP = {
@@ -57,10 +58,16 @@ def trained(spec: EncoderSpec, path: Path) -> nn.Module:
     module = untrained(spec, path)
     assert module is not None
     if spec.kind == "open_clip":
-        path = next(path / name for name in FILES_CLIP if (path / name).is_file())
-    network = module.network if isinstance(module, Tokens) else module
-    files.load_into(network, path, spec.name, prefix="" if card is None else card.prefix)
+        path = part_in(path, FILES_CLIP)
+    load_into(module.network if isinstance(module, Tokens) else module, path, spec.name)
     return module
+
+
+def part_in(folder: Path, names: tuple[str, ...]) -> Path:
+    """Returns the weights in a folder that was found to have them."""
+    found = hub.part_of(folder, names)
+    assert found is not None
+    return found
 
 
 def library(name: str, encoder: str) -> Any:
@@ -144,27 +151,28 @@ def from_transformers(spec: EncoderSpec, card: Card, folder: Path) -> nn.Module:
     elsewhere = [name for name in auto.values() if "--" in str(name)]
     if spec.trusted and elsewhere:
         raise EncoderError(f"'{spec.name}' takes code of another repository, {elsewhere[0]}: that is no pinned state.")
-    safe = (folder / "model.safetensors").is_file()
+    file = part_in(folder, card.files or hub.FILES)
     try:
         module, said = getattr(transformers, card.architecture or "AutoModel").from_pretrained(
             str(folder),
             **card.build,
             local_files_only=True,
             trust_remote_code=spec.trusted,
-            use_safetensors=safe,
+            use_safetensors=file.name.startswith("model.safetensors"),
             weights_only=True,
             dtype=torch.float32,
             output_loading_info=True,
         )
+        unfit = [*said["missing_keys"], *(str(key[0]) for key in said["mismatched_keys"])]
+        unfit += [key for key in said["unexpected_keys"] if not key.startswith(OTHER_TOWERS)]
+        if unfit and card.code:
+            raise ValueError(f"{len(unfit)} parameters do not fit{some(sorted(unfit))}")
     except Exception as e:  # whatever the library raises, and a repository's code
-        raise EncoderError(f"weights {folder} are not those of '{spec.name}' ({type(e).__name__}: {e}).") from e
-    unfit = [*said["missing_keys"], *(str(key[0]) for key in said["mismatched_keys"])]
-    unfit += [key for key in said["unexpected_keys"] if not key.startswith(OTHER_TOWERS)]
-    if unfit:
-        raise EncoderError(
-            f"weights {folder} are not those of '{spec.name}': "
-            f"{len(unfit)} parameters do not fit{files.some(sorted(unfit))}. Give the files of this architecture."
-        )
+        if card.code:
+            raise EncoderError(f"weights {folder} are not those of '{spec.name}' ({type(e).__name__}: {e}).") from e
+        module, unfit = transformers_layers(spec, card, folder), [str(e)]
+    if unfit:  # by the library's own names and formats; a wrapper may have put others in
+        load_into(module, file, spec.name, others=OTHER_TOWERS)
     return pooled(spec, module)
 
 
@@ -182,12 +190,19 @@ def open_clip_tower(spec: EncoderSpec, folder: Path) -> nn.Module:
     return module
 
 
+def check_single(path: Path) -> None:
+    """Refuse shards, and files that hold more than tensors, before a package reads them by itself."""
+    if path.name.endswith(INDEX):
+        raise EncoderError(f"weights {path} are shards, which the package of this encoder can't read: give one file.")
+    read_state_dict(path)
+
+
 def from_conch(spec: EncoderSpec, card: Card, path: Path) -> nn.Module:
     """Load CONCH with its own package: image features before the projection for contrast, not normalised."""
     package = library("conch.open_clip_custom", spec.name)
-    state = files.read_state_dict(path)  # refuses what is more than tensors before the package sees it
+    check_single(path)
     module, _ = package.create_model_from_pretrained(card.architecture, checkpoint_path=str(path))
-    module.load_state_dict(state)
+    load_into(module, path, spec.name)
     return Called(module, lambda network, x: network.encode_image(x, proj_contrast=False, normalize=False))  # type: ignore[operator]
 
 
@@ -195,7 +210,7 @@ def from_musk(spec: EncoderSpec, card: Card, path: Path) -> nn.Module:
     """Load MUSK with its own package: image features without head or normalisation, as its README has them."""
     utils = library("musk.utils", spec.name)
     library("musk.modeling", spec.name)  # makes it known to timm
-    files.read_state_dict(path)  # refuses what is more than tensors before the package sees it
+    check_single(path)
     module = timm.create_model(card.architecture)
     utils.load_model_and_may_interpolate(str(path), module, "model|module", "")
     given = {"with_head": False, "out_norm": False, "ms_aug": card.build.get("ms_aug", False), "return_global": True}

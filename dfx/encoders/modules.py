@@ -10,8 +10,8 @@ from torch import nn
 
 from dfx.encoders import copying, named
 from dfx.encoders.digest import module_digest
+from dfx.encoders.fitting import load_into
 from dfx.encoders.spec import SHARED, EncoderSpec, Kept
-from dfx.encoders.weights import load_into
 from dfx.errors import EncoderError
 
 MODULES: Kept[nn.Module] = Kept(8)

@@ -1,100 +1,149 @@
-"""Weights files: hashed, read without unpickling anything, and held against the network."""
+"""Files of weights: their digests, their shards, and their tensors, read without unpickling anything else."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
-from pathlib import Path
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from torch import nn
 
 from dfx.errors import EncoderError
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "module")
-"""Under which training scripts put a state dict, the first one found."""
+INDEX = ".index.json"
+"""How the name of a file ends that says which shard has which tensor."""
+DEPTH = 16
+"""Of dicts in dicts. A hostile file may have more than Python can walk."""
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Read a state dict from safetensors, or from torch's format with `weights_only=True`.
+def weight_map(index: Path) -> dict[str, str]:
+    """Returns the shard of each tensor, as an index has it.
 
-    Nothing but tensors is taken from the file, so an untrusted file runs no code.
+    Raises `EncoderError` for a file that is no index, and for a shard outside its folder.
     """
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(path)
-        else:
-            # DINO's training scripts save their arguments beside the weights: attributes, and no code.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # both readers raise many kinds
+        found = json.loads(index.read_text())["weight_map"]
+        shards = {str(name): str(shard) for name, shard in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise EncoderError(
-            f"weights {path} can't be read as {'safetensors' if path.suffix == '.safetensors' else 'a state dict'} "
-            f"({type(e).__name__}): it is damaged, or holds more than tensors, and only tensors are taken from a file; "
+            f"weights {index} are no index of shards ({type(e).__name__}: {e}): download it again, or give one file."
+        ) from e
+    for shard in shards.values():
+        if PurePosixPath(shard).is_absolute() or ".." in PurePosixPath(shard).parts:
+            raise EncoderError(
+                f"weights {index} name {shard!r}, which is outside their folder: put all shards into it."
+            )
+    return shards
+
+
+def files_of(path: Path) -> list[Path]:
+    """Returns a file alone, or an index with all its shards; raises `EncoderError` where some are absent."""
+    if not path.name.endswith(INDEX):
+        return [path]
+    shards = [path.parent / shard for shard in sorted(set(weight_map(path).values()))]
+    absent = [shard.name for shard in shards if not shard.is_file()]
+    if absent:
+        raise EncoderError(
+            f"weights {path} lack {len(absent)} of {len(shards)} shards{some(absent)}: download them too."
+        )
+    return [path, *shards]
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Returns all tensors of a file, or of an index's shards; keys of nested dicts are joined by dots.
+
+    Raises `EncoderError` for a file that holds other things than tensors and plain values, so that an untrusted file
+    runs no code, and for a file without tensors.
+    """
+    _, *shards = files_of(path)
+    if not shards:
+        return read_file(path)
+    read = {shard: read_file(shard) for shard in shards}
+    found = {name: (path.parent / shard, name) for name, shard in weight_map(path).items()}
+    absent = [name for name, (shard, _) in found.items() if name not in read[shard]]
+    if absent:
+        raise EncoderError(f"weights {path} name tensors that their shards lack{some(absent)}: download them again.")
+    return {name: read[shard][name] for name, (shard, _) in found.items()}
+
+
+def read_file(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of one file, whose content, not its name, tells its format."""
+    try:
+        found: Any = read_safetensors(path) if is_safetensors(path) else read_torch(path)
+    except Exception as e:  # both readers raise many kinds
+        held = re.search(r"GLOBAL (\S+) was not an allowed", str(e))
+        if held:
+            raise EncoderError(
+                f"weights {path} hold {held[1]}, and only tensors are taken from a file: "
+                "save module.state_dict() alone, with torch.save or safetensors.torch.save_file. "
+                "If you trust the origin of the file, run in the environment that made it: "
+                "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)."
+            ) from e
+        raise EncoderError(
+            f"weights {path} can't be read as safetensors or a state dict ({type(e).__name__}): "
+            "the file is damaged, or holds more than tensors, and only tensors are taken from a file; "
             "save module.state_dict() with safetensors.torch.save_file or torch.save."
         ) from e
-    for wrapper in WRAPPERS:
-        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
-            break
-    tensors = isinstance(found, dict) and all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()
-    )
-    if not tensors or not found:
+    state: dict[str, torch.Tensor] = {}
+    for name, value in tensors_of(found if isinstance(found, dict) else {}, (), set()):
+        if state.setdefault(name, value) is not value:
+            raise EncoderError(f"weights {path} hold two tensors under {name!r}: save module.state_dict() alone.")
+    if not state:
         raise EncoderError(f"weights {path} hold no state dict (names and tensors): save module.state_dict() alone.")
-    if all(name.startswith("module.") for name in found):  # saved from DataParallel
-        found = {name.removeprefix("module."): value for name, value in found.items()}
-    return dict(found)
+    return state
 
 
-def load_into(module: nn.Module, path: Path, name: str, *, prefix: str = "") -> None:
-    """Load a file into a network; every parameter must get a value, and only a classifier's may be left over.
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do: with the length of a JSON object, and with that object."""
+    with path.open("rb") as file:
+        length, first = int.from_bytes(file.read(8), "little"), file.read(1)
+    return first == b"{" and length <= path.stat().st_size - 8
 
-    `prefix`: where any name in the file begins with it, those that do are the network's, and others are not.
-    """
-    state = read_state_dict(path)
-    if prefix and any(key.startswith(prefix) for key in state):
-        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    convert = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
-    heads = tuple(f"{head}." for head in classifiers(module))
-    try:
-        if convert is not None:  # timm's own remapping of published checkpoints
-            state = convert(state, module)
-        missing, unexpected = module.load_state_dict(state, strict=False)
-    except (RuntimeError, KeyError, ValueError, AttributeError, IndexError) as e:
-        lines = str(e).splitlines()
-        detail = (lines[1] if len(lines) > 1 else str(e)).strip()
-        raise EncoderError(
-            f"weights {path} are not those of '{name}': {detail} Give the file of this architecture."
-        ) from e
-    unexpected = [key for key in unexpected if not key.startswith(heads)] if heads else list(unexpected)
-    if missing or unexpected:
-        raise EncoderError(
-            f"weights {path} are not those of '{name}': "
-            f"{len(missing)} parameters get no value{some(missing)} and "
-            f"{len(unexpected)} values have no place{some(unexpected)}. "
-            "Give the file of this architecture."
-        )
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a file of safetensors."""
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def read_torch(path: Path) -> Any:
+    """Returns the tensors and plain values of a file of torch."""
+    # Compressed by another tool, its tensors do not lie in the file as they are in memory.
+    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # which torch takes for its name alone
+    if mapped:
+        with zipfile.ZipFile(path) as archive:
+            mapped = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    # DINO's training scripts save their arguments beside the weights: attributes, and no code.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        if mapped:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def tensors_of(value: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over the tensors of dicts in dicts. A dict that occurs again gives them only once."""
+    if isinstance(value, torch.Tensor):
+        yield ".".join(keys), value
+    elif isinstance(value, dict) and id(value) not in seen and len(keys) < DEPTH:
+        seen.add(id(value))
+        for key, inner in value.items():
+            if isinstance(key, str):  # an optimizer's state is kept by number
+                yield from tensors_of(inner, (*keys, key), seen)
 
 
 def some(names: list[str]) -> str:
     """Name a few of many."""
     return f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else ""
-
-
-def classifiers(module: nn.Module) -> list[str]:
-    """Names of the classifying layers that a timm model had before they were removed."""
-    config = getattr(module, "pretrained_cfg", None) or {}
-    head = config.get("classifier")
-    heads = [head] if isinstance(head, str) else list(head or ())
-    return [*heads, "head_dist"] if heads == ["head"] else heads
