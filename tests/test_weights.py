@@ -167,11 +167,12 @@ def test_of_two_that_fit_the_averaged_weights_are_taken_and_named(
     [
         {"student": SAVED, "momentum_encoder": OTHER},
         {**SAVED, **under("backup.", OTHER)},
+        {**SAVED, **under("module.", OTHER)},
         {"teacher": {"a": SAVED, "b": OTHER}},
         {"online_encoder": SAVED, "target_encoder": OTHER},
         {"student": SAVED, "momentum": {key: value.half() for key, value in SAVED.items()}},
     ],
-    ids=["siblings", "bare", "teachers", "byol", "half"],
+    ids=["siblings", "bare", "wrapper", "teachers", "byol", "half"],
 )
 def test_two_that_fit_with_other_values_are_refused_by_name(content: Any, tmp_path: Path) -> None:
     with pytest.raises(EncoderError, match="fit 'Small' under 2 prefixes with different values") as caught:
@@ -353,7 +354,7 @@ def test_shards_are_read_by_their_index_or_its_folder(kind: str, prefix: str, tm
     for given in (path, path.parent):
         assert same(module_of(dfx.load_encoder(Small(), weights=given)).state_dict(), SAVED)
     shard = f"{kind.partition('.')[0]}-00001-of-00002.{kind.partition('.')[2]}"
-    with pytest.raises(EncoderError, match=rf"Give {kind}.index.json, of whose shards it is one"):
+    with pytest.raises(EncoderError, match=rf"Give the index of all shards, .*{kind}\.index\.json"):
         dfx.load_encoder(Small(), weights=path.parent / shard)
     (path.parent / shard).unlink()
     with pytest.raises(EncoderError, match=rf"lack 1 of 2 shards \({shard}\)"):

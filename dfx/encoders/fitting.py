@@ -87,10 +87,6 @@ def load_into(module: nn.Module, path: Path, name: str, *, others: tuple[str, ..
 def candidates(module: nn.Module, state: State, spare: tuple[str, ...]) -> list[Candidate]:
     """Returns what a network would get under each prefix with at least half of its numbers."""
     own: State = module.state_dict()
-    bare = {without_wrappers(name): name for name in own}
-    shorten: Callable[[str], str] = without_wrappers
-    if len(bare) < len(own):  # two names would become one
-        bare, shorten = {}, str
     convert = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
     sizes: Counter[str] = Counter()
     for name, value in state.items():
@@ -100,12 +96,14 @@ def candidates(module: nn.Module, state: State, spare: tuple[str, ...]) -> list[
     found = []
     for prefix in (prefix for prefix, size in sizes.items() if size >= least):
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        short = {shorten(key): value for key, value in inner.items()}
-        if len(short) < len(inner):  # as above
-            short = inner
+        # Where two names would become one, wrappers' components are real.
+        distinct = all(len({without_wrappers(key) for key in names}) == len(names) for names in (inner, own))
+        shorten: Callable[[str], str] = without_wrappers if distinct else str
+        inner = {shorten(key): value for key, value in inner.items()}
         if convert is not None:  # timm's own remapping of published checkpoints
-            short = converted(convert, short, module)
-        found.append(candidate(prefix, {bare.get(shorten(key), key): v for key, v in short.items()}, own, spare))
+            inner = converted(convert, inner, module)
+        places = {shorten(name): name for name in own}
+        found.append(candidate(prefix, {places.get(shorten(key), key): v for key, v in inner.items()}, own, spare))
     return found
 
 
@@ -147,7 +145,7 @@ def load(module: nn.Module, taken: Candidate, path: Path, name: str, spare: tupl
     if unexpected:
         faults.append(f"tensors without a place: {len(unexpected)}{some(unexpected)}")
     shard = re.fullmatch(r"(.+)-\d+-of-\d+(\.\w+)", path.name)
-    remedy = f"{shard[1]}{shard[2]}{INDEX}, of whose shards it is one" if shard else "the file of this architecture"
+    remedy = f"the index of all shards, {shard[1]}{shard[2]}{INDEX}" if shard else "the file of this architecture"
     raise EncoderError(
         f"weights {path} are not those of '{name}': {f'under the prefix {taken.prefix!r}, ' if taken.prefix else ''}"
         f"{'; '.join(faults) or detail}. Give {remedy}."
