@@ -37,7 +37,7 @@ def decode_alone(slide: Slide, level: int, threads: int) -> float:
 
     def decode(some: list[tuple[int, int]]) -> None:
         for row, column in some:
-            slide._decode(level, part, row, column, scratch=True)
+            slide.levels[level].decode(slide.source, level, part, row, column, scratch=True)
 
     start = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
