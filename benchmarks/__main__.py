@@ -18,12 +18,15 @@ from benchmarks.peers import ENCODERS, Peer
 from benchmarks.slide import write_large_slide
 
 Rows = list[dict[str, Any]]
+SIZE = 32_000
+"""Pixels per side of the slide that is made."""
 
 
 def slide_of(args: argparse.Namespace) -> Path:
     """Give the slide that was asked for, or one that is made."""
-    made = Path(tempfile.gettempdir()) / f"dfx-benchmark-{args.codec}-{args.size}.svs"
-    return args.slide or write_large_slide(made, args.size, args.codec)
+    size = args.size or SIZE
+    made = Path(tempfile.gettempdir()) / f"dfx-benchmark-{args.codec}-{size}.svs"
+    return args.slide or write_large_slide(made, size, args.codec)
 
 
 def run_reading(args: argparse.Namespace) -> Rows:
@@ -36,7 +39,7 @@ def run_fast(args: argparse.Namespace) -> Rows:
     encoder = dfx.load_encoder(args.encoder, weights=args.weights)
     with tempfile.TemporaryDirectory() as folder:
         return reading.measure_fast(
-            args.slide, Path(folder), size=args.size, rounds=args.rounds, threads=args.threads, encoder=encoder
+            args.slide, Path(folder), size=args.size or 6144, rounds=args.rounds, threads=args.threads, encoder=encoder
         )
 
 
@@ -80,7 +83,9 @@ def main() -> None:
     """Run a benchmark."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--slide", type=Path, help="a slide of 0.25 mpp (default: one is made)")
-    common.add_argument("--size", type=int, default=32_000, help="pixels a side of the slide that is made")
+    common.add_argument(
+        "--size", type=int, help="pixels per side of the slide that is made (default: 32000; fast: 6144)"
+    )
     common.add_argument("--codec", choices=["jpeg", "jpeg2000"], default="jpeg", help="its compression")
     common.add_argument("--threads", type=int, default=2)
     common.add_argument("--rounds", type=int, default=5)
@@ -98,7 +103,6 @@ def main() -> None:
 
     add("reading", run_reading)
     p = add("fast", run_fast)
-    p.set_defaults(size=6144)
     p.add_argument("--encoder", default="resnet18")
     p.add_argument("--weights", help="a file, or random (default: the published ones)")
     add("overlap", run_overlap)
