@@ -27,7 +27,7 @@ class FormatError(SlideError):
 
 
 class UnknownFormatError(FormatError):
-    """A file of a kind that dfx does not know, or can't place; OpenSlide may know it, and is asked."""
+    """A file of a kind that dfx does not know or can't interpret; dfx then tries whether OpenSlide recognises it."""
 
 
 class TileError(SlideError):
@@ -60,7 +60,7 @@ class MemoryShortage(DfxError):
 
 
 class WorkerMismatch(DfxError):
-    """A worker whose encoder gives other features than the run was planned with: it gets no blocks."""
+    """A worker whose encoder gives other features than the process that planned the run: it gets no blocks."""
 
     def __init__(self, worker: str, difference: str) -> None:
         super().__init__(worker, difference)
@@ -71,8 +71,8 @@ class WorkerMismatch(DfxError):
 
     def __str__(self) -> str:
         return (
-            f"worker {self.worker} differs from the process that planned: {self.difference}. "
-            "Use one environment or image, and sound devices, for all workers."
+            f"worker {self.worker} differs from the process that planned the run: {self.difference}. "
+            "Use one environment or image for all workers, and check their devices."
         )
 
 

@@ -114,9 +114,10 @@ class DeepFeatureExtractor:
           `ioconfig`, an object or mapping with these three, goes before them.
         - `masks`: one a slide, None, an array, an image path, GeoJSON (a path or mapping) or a `Slide`; without
           one, `auto_get_mask` finds tissue, by `tissue`: "otsu", "hsv" (leaves pen marks out) or a function, as in
-          `Slide.tissue_mask`; each of these may be a slide's mask too. `min_mask_ratio`: share of a patch that
-          must be above this. `mask_origin`, "slide" or "bounds", says for slides with bounds (Leica SCN, MIRAX) where
-          masks begin: QuPath crops these slides to their bounds; None: a slide whose mask leaves that open fails.
+          `Slide.tissue_mask`; each of these may be a slide's mask too. `min_mask_ratio`: the share of a patch under the
+          mask must be above this. `mask_origin`, "slide" or "bounds", is the corner at which masks of slides with
+          bounds (Leica SCN, MIRAX) begin: QuPath crops these slides to their bounds. None: a slide whose mask has no
+          certain origin fails.
         - `save_dir`: where stores go. One of the same plan is kept or resumed; one of another is an
           error, unless `overwrite`, which replaces stores that dfx made and nothing else.
         - `memory_threshold`: percent of a worker's memory above which batches are halved and blocks wait for
@@ -129,12 +130,12 @@ class DeepFeatureExtractor:
         - `on_error`: "raise" a `RunError` when the other slides are done, or "skip" (see `.failures`).
         - `block_size`: patches in a block, the unit of work and resume. `reading`: "fast" shrinks JPEG tiles
           while they are decoded where patches are shrunk by an even factor; on slides with subsampled chroma (4:2:0)
-          tissue then differs from "exact" by 1.3 grey levels on average and up to 33.
+          tissue at 2x then differs from "exact" by 1.3 grey levels on average and by up to 33.
           `on_bad_tile`: "fill" leaves a tile that can't be decoded white, and names it in the store.
-          `allow_nondeterministic` resumes stores that are half done also with an encoder whose features differ from
-          run to run. `block_timeout`: seconds after which a block that hangs is given up, and its slide with it.
-          `notify` is called with each `dfx.run` event: slides planned, done and failed, blocks done.
-          `batch_size`, `num_workers`, `device`, `verbose`: as in the constructor, for this call.
+          `allow_nondeterministic`: also resume half-done stores of an encoder whose features differ from run to run.
+          `block_timeout`: seconds after which a block that hangs is given up, and its slide with it. `notify` is called
+          with each `dfx.run` event: slides planned, done and failed, blocks done. `batch_size`, `num_workers`,
+          `device`, `verbose`: as in the constructor, for this call.
         - `output_file`: name of the store in patch mode. `return_probabilities`, `class_dict`,
           `scale_factor` and `return_labels` are taken for TIAToolbox's sake and change nothing:
           labels are given back when they are given.

@@ -208,13 +208,15 @@ class PatchGrid:
         the grid starts at the slide's top left corner and its last patches may overhang.
 
         `mask`: "tissue" (Otsu), "hsv" or a function (see `Slide.tissue_mask`); None (every patch); a mask of the whole
-        slide: an array, the path or URL of an image or .npy file (`storage_options` as in `open_slide`; see
-        `dfx.masks.read_mask` for the cells that count), or a `Slide`, whose file is read as a mask; or GeoJSON as
-        QuPath exports it, a path that ends with .geojson or .json or a mapping: polygons in level-0 pixels.
-        `mask_origin` matters for slides with bounds (`Slide.bounds`): "slide" for masks of the whole slide and
-        polygons that count from its corner, "bounds" for those of QuPath, which crops such slides to their bounds.
-        Without it, a mask whose origin is not certain is a `CallError`.
-        `min_mask_ratio`: share of a patch that must be above this. Raises `ResolutionError` when
+        slide: an array, the path or URL of an image or .npy file (`storage_options` as in `open_slide`;
+        `dfx.masks.read_mask` lists the wanted cells), or a `Slide`, whose file is read as a mask; or polygons in
+        level-0 pixels: GeoJSON as QuPath exports it (a mapping, or a path that ends with .geojson or .json).
+
+        `mask_origin` matters for slides with bounds (`Slide.bounds`): "slide" for masks of the whole slide, and for
+        polygons that count from its corner; "bounds" for masks of QuPath, which crops such slides to their bounds.
+        Without it, a mask of uncertain origin is a `CallError`.
+
+        `min_mask_ratio`: the share of a patch under the mask must be above this. Raises `ResolutionError` when
         the slide lacks the metadata that the units need, `CallError` for a bad value.
 
         The order is by vertical strips of 16 patches, rows from top to bottom within a strip, so
@@ -265,7 +267,7 @@ class PatchGrid:
             )
         read = slide.view(min(1.0, found.pixels / found.size), "baseline")
         scale = (read.downsample,) * 2
-        patch_shape(math.ceil(found.size / min(read.downsample_xy or scale)))  # what is read
+        patch_shape(math.ceil(found.size / min(read.downsample_xy or scale)))  # the size to read is checked, too
         # Positions are baseline pixels whichever level they are read from: steps of 1 hold any corner exactly.
         view = View(read.level, scale, read.downsample, baseline, 1.0, "baseline", read.downsample_xy)
         stride = found.stride if not (corners % found.stride).any() else 1

@@ -86,7 +86,7 @@ def check_shape(found: tuple[int, ...], asked: tuple[int, int] | None) -> tuple[
 def read_image(path: str) -> NDArray[np.uint8]:
     """Read an image file or a .npy as uint8 RGB (rows, columns, 3); raises `SlideError`.
 
-    Rows and columns are as stored, as those of slides: tags of orientation are not applied. Grey becomes RGB, and a
+    Rows and columns are as stored, as in slides: orientation tags are not applied. Grey becomes RGB, and a
     transparent image is laid over white.
     """
     file = Path(path)
@@ -112,9 +112,9 @@ def read_image(path: str) -> NDArray[np.uint8]:
 
 
 def as_picture(image: image_file.Image) -> NDArray[Any]:
-    """Give an image of 8 bits in RGB, over white where it is transparent; other images as they are.
+    """Return an 8-bit image as RGB, over white where it is transparent; other images unchanged.
 
-    Raises `ImageError` for an image without any opaque pixel, and for pixels that the file lacks.
+    Raises `ImageError` for an image that is fully transparent, and for pixels that the file lacks.
     """
     pixels = image.pixels
     if pixels.dtype != np.uint8:

@@ -51,7 +51,7 @@ class Options:
     memory_threshold: float | None = None
     """Percent of a worker's memory above which batches are halved and blocks wait; None: whatever is free."""
     allow_nondeterministic: bool = False
-    """Whether a store that is half done may be resumed with an encoder whose features differ from run to run."""
+    """Whether a half-done store may be resumed with an encoder whose features differ from run to run."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "batch_size"):
@@ -213,7 +213,7 @@ class Plan:
         return {} if self.grid.resampled_yx is None else {"pixels": list(self.grid.resampled_yx)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """Give what the stored features depend on, as JSON values that must be equal where a run is resumed.
+        """Give the facts on which the stored features depend, as JSON values that must be equal if a run is resumed.
 
         `dfx.store.fingerprint` compares them, and the behaviour of the encoders.
         """
@@ -270,8 +270,8 @@ class Plan:
 def describe_heads(heads: Sequence[Head], *, weights: bool = True) -> dict[str, Any]:
     """Describe encoders for a store: "encoder", or "encoders" by name where there are several.
 
-    `weights`: also where they came from, on which features do not depend, and the measured behaviour, which is compared
-    within a tolerance.
+    `weights`: also the origin of the weights, on which features do not depend, and the measured behaviour, which is
+    compared within a tolerance.
     """
 
     def describe(head: Head) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def whole_factor(boxes: NDArray[np.int64], size_yx: tuple[int, int], shape_yx: t
     """By how much patches are shrunk, where each of their pixels is a square of pixels of one tile; else 0."""
     factor = size_yx[0] // shape_yx[0]
     squares = [boxes, *(np.array([*part.origin_yx, *part.tile_yx]) for part in level.parts)]
-    if len(level.parts) > 1:  # a pixel in which a part ends may have pixels of the next part too
+    if len(level.parts) > 1:  # at the end of a part, a pixel may also cover the next part
         squares += [np.array(part.shape_yx) for part in level.parts]
     whole = size_yx == (shape_yx[0] * factor, shape_yx[1] * factor) and factor > 0
     return factor if whole and not any((numbers % factor).any() for numbers in squares) else 0

@@ -35,7 +35,7 @@ FINAL = {"SSLError", "ClientConnectorCertificateError", "ClientConnectorSSLError
 
 
 OBJECTS = {"s3", "s3a", "gs", "gcs"}
-"""Protocols whose paths are keys of objects: "?" and "::" are letters of a key."""
+"""Protocols whose paths are keys of objects: "?" and "::" are ordinary characters of a key."""
 _URL = re.compile(r"(?:[a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _FILE = re.compile(r"file://(?:localhost(?=/))?", re.IGNORECASE)
 _SECRET = re.compile(r"sig=|signature|credential|token|secret|passw|access_?key|api_?key|auth", re.IGNORECASE)
@@ -50,9 +50,9 @@ def is_remote(address: object) -> bool:
 
 
 def local_path(address: str | Path) -> Path:
-    """Give the path that an address means which is no URL of fsspec.
+    """Give the path of an address that is not a URL of fsspec.
 
-    A `file://` URL is percent-decoded (RFC 8089), unless the file has its name as it stands. "~" is the user's
+    A `file://` URL is percent-decoded (RFC 8089), unless only a file with the undecoded name exists. "~" is the user's
     folder, unless there is a file of that name.
     """
     text = os.fspath(address)
@@ -66,19 +66,19 @@ def local_path(address: str | Path) -> Path:
 
 
 def is_key(url: str) -> bool:
-    """Whether "?" is a letter in a URL's path: an object's key has no query, except what looks like a secret."""
+    """Whether "?" is part of a URL's path: keys of objects have no query, unless it looks like a secret."""
     return url.partition("://")[0].lower() in OBJECTS and _SECRET.search(url.partition("?")[2]) is None
 
 
 def suffix(address: str | Path) -> str:
-    """Give the ending of a path or URL in small letters, with its point."""
+    """Give the suffix of a path or URL in lower case, with its dot."""
     if is_remote(address):
         address = str(address).partition("?versionId=" if is_key(str(address)) else "?")[0]
     return Path(address).suffix.lower()
 
 
 def shown(address: str) -> str:
-    """Redact an address for messages and stores: it has no password and no query."""
+    """Redact an address for messages and stores: remove its password and its query."""
     if not is_remote(address):
         return address
     bare = re.sub(r"://[^/@:]*:[^/@]*@", "://", address)
@@ -87,7 +87,7 @@ def shown(address: str) -> str:
 
 
 def is_chain(url: str) -> bool:
-    """Whether a URL leads through several file systems; in the paths of buckets and servers "::" is two letters."""
+    """Whether a URL leads through several file systems; in the paths of buckets and servers, "::" means nothing."""
     return "::" in url and url.partition("://")[0].lower() not in PACKAGES
 
 
@@ -130,7 +130,7 @@ def filesystem(url: str, options: Mapping[str, Any], *, asynchronous: bool = Fal
 
 
 def open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Give a URL's file system and the path on it; `url_to_fs` of fsspec takes every "::" for a chain."""
+    """Give a URL's file system and the path on it; `url_to_fs` of fsspec treats every "::" as a chain."""
     if "::" not in url or is_chain(url):
         fs, path = fsspec.core.url_to_fs(url, **options)
         return fs, path

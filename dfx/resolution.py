@@ -89,9 +89,9 @@ class View:
     units: Units
     """Its units."""
     downsample_xy: tuple[float, float] | None = None
-    """Baseline pixels per pixel of that level along x and y, where `downsample` is not true; None: it is on both axes.
+    """Baseline pixels per pixel of that level in x and y, if `downsample` is not true; None: it is true on both axes.
 
-    It counts as true on an axis where it puts the slide's far end less than a pixel of the level off.
+    It counts as true on an axis if it moves the slide's far end by less than a pixel of the level.
     """
 
     @property
@@ -103,13 +103,13 @@ class View:
     def to_baseline(self) -> tuple[float, float]:
         """(x, y) factors from positions at the requested resolution to baseline pixels."""
         x, y = self.downsample, self.downsample
-        if self.units == "level" and self.downsample_xy:  # positions are pixels of a level, so by its own factors
+        if self.units == "level" and self.downsample_xy:  # positions are pixels of a level, so its own factors hold
             x, y = self.downsample_xy
         return x / self.scale_xy[0], y / self.scale_xy[1]
 
     @property
     def read_scale_xy(self) -> tuple[float, float]:
-        """Requested pixels per pixel of the level where they lie: `scale_xy`, but by the true factors of each axis."""
+        """Requested pixels per pixel of the level: `scale_xy`, but by the true factors of each axis."""
         if self.downsample_xy is None:
             return self.scale_xy
         (x, y), (to_x, to_y) = self.downsample_xy, self.to_baseline
@@ -122,8 +122,8 @@ class View:
 
         `origins_xy`: int (N, 2), top left corners at the requested resolution. Gives the corners
         on the level, int64 (N, 2) as (x, y), and the size (width, height) that each patch covers
-        there. Rounding as the reference: up to whole baseline pixels, then to the nearest of the level. Along
-        an axis whose factor is not `downsample`, to the nearest of the level from where they lie.
+        there. Rounding follows the reference: up to whole baseline pixels, then to the nearest pixel of the level.
+        Along an axis whose factor is not `downsample`, the true position is rounded to the nearest pixel of the level.
         """
         # 1 / downsample first, then divide: another order rounds some positions the other way.
         from_baseline = 1 / self.downsample * np.asarray(self.scale_xy)
@@ -193,7 +193,7 @@ def view(
     """Choose the level for a resolution and work out the slide's size there.
 
     `downsamples`: the mean factor of each level, by which the reference chooses and rounds. `downsamples_xy`: the
-    factors by which its pixels lie on the baseline; None: the same.
+    factors that place its pixels on the baseline; None: the mean factor.
     """
     check_resolution(resolution, units)
     resolution = plain(resolution)

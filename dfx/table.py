@@ -67,7 +67,7 @@ def rows_of(images: Any, storage_options: Mapping[str, Any] | None = None) -> li
 
 
 def is_pattern(image: object) -> bool:
-    """Whether a slide is given by a pattern; in a URL `?` is none, and chains have none."""
+    """Whether a slide is given by a pattern; in a URL `?` is not a wildcard, and chains have no wildcards."""
     if not isinstance(image, str | Path):
         return False
     if is_remote(image):

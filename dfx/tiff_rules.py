@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 def palette_colours(colormap: Any) -> NDArray[np.uint8]:
     """Return the colours of a ColorMap (3, indices) of 16 bits: uint8 (indices, 3).
 
-    Some writers store 8 bits, 0 to 255. Where no value is larger, they are taken so, as by libtiff: the other
-    reading would be black.
+    Some writers store 8 bits, 0 to 255. If no value is larger, the values are taken as 8 bits, as libtiff does: as 16
+    bits, all colours would be black.
     """
     table = np.asarray(colormap)
     return np.ascontiguousarray((table if table.max() < 256 else table >> 8).astype(np.uint8).T)

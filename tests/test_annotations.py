@@ -98,7 +98,7 @@ def test_rings_may_be_open_have_heights_and_empty_holes() -> None:
     for rings in ([outline[:-1], hole[:-1]], [[[*p, 7.5] for p in outline], hole], [outline, [], hole]):
         found, _ = draw({"type": "Polygon", "coordinates": rings}, (1600, 1300))
         assert np.array_equal(found, expected)
-    with pytest.raises(CallError, match="a polygon that is none"):
+    with pytest.raises(CallError, match="an invalid polygon"):
         draw({"type": "Polygon", "coordinates": [[], hole]}, (1600, 1300))
 
 
@@ -171,12 +171,12 @@ def test_run_takes_geojson_by_path_and_by_value(
         ('{"type": "FeatureCollection"}', "no list of features"),
         ('{"type": "FeatureCollection", "features": []}', "has no polygon"),
         ('{"type": "Point", "coordinates": [1, 2]}', "has no polygon"),
-        ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1]]]}', "a polygon that is none"),
-        ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1], ["a", 2]]]}', "a polygon that is none"),
-        ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1], [NaN, 2]]]}', "a polygon that is none"),
-        ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1], [1e999, 2]]]}', "a polygon that is none"),
-        ('{"type": "Polygon", "coordinates": 7}', "a polygon that is none"),
-        ('{"type": "Polygon"}', "a polygon that is none"),
+        ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1]]]}', "an invalid polygon"),
+        ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1], ["a", 2]]]}', "an invalid polygon"),
+        ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1], [NaN, 2]]]}', "an invalid polygon"),
+        ('{"type": "Polygon", "coordinates": [[[0, 0], [1, 1], [1e999, 2]]]}', "an invalid polygon"),
+        ('{"type": "Polygon", "coordinates": 7}', "an invalid polygon"),
+        ('{"type": "Polygon"}', "an invalid polygon"),
         ('{"type": "MultiPolygon", "coordinates": null}', "no list of coordinates"),
         ("\x00\xff", "is no GeoJSON"),
     ],

@@ -515,7 +515,7 @@ def test_a_worker_that_gives_other_features_gets_no_blocks_and_no_slide_fails(
         for slide in slides:
             assert np.allclose(rows_of(got[slide]), good[slide]["features"], atol=1e-6)  # type: ignore[index]
         assert odd not in client.scheduler_info(n_workers=-1)["workers"]
-        assert f"worker {odd} differs from the process that planned: Odd: " in caplog.text
+        assert f"worker {odd} differs from the process that planned the run: Odd: " in caplog.text
 
 
 def grid_of(slide: Path) -> dfx.PatchGrid:

@@ -162,7 +162,7 @@ def test_a_file_that_was_written_anew_is_told_of_where_nothing_else_shows_it(
         file.write(bytes(30))
     os.utime(path, (1, 1))
     assert dfx.open_slide(path).identity == before.identity
-    with pytest.warns(UserWarning, match=r"a\.tif was written anew since .*features are kept.*overwrite"):
+    with pytest.warns(UserWarning, match=r"a\.tif was written again after .*features are kept.*overwrite"):
         extractor.run([path], **run)
     monkeypatch.undo()
     with pytest.raises(RunError, match=r"another run .*checksum of the slide"):

@@ -110,7 +110,7 @@ def test_levels_are_found_in_sub_ifds(own: dict[str, Any], tmp_path: Path) -> No
     ids=["same size", "smaller scene first", "label first that nothing marks"],
 )
 def test_of_two_images_that_are_no_pyramid_the_slide_is_not_guessed(images: Any, tmp_path: Path) -> None:
-    with pytest.raises(SlideError, match=r"nothing says which is the slide: save the wanted one as a file of its own"):
+    with pytest.raises(SlideError, match=r"nothing says which is the slide: save the wanted \w+ as a file of its own"):
         dfx.open_slide(write(tmp_path / "a.tif", images))
 
 

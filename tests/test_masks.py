@@ -280,7 +280,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: encoded(".png", np.dstack([np.zeros((70, 90, 3), np.uint8), BITS])),
         "differs in alpha alone",
     ),
-    "below 0 alone": (lambda: by_tifffile(-LABELS.astype(np.int8)), "below 0 and no value above it"),
+    "below 0 alone": (lambda: by_tifffile(-LABELS.astype(np.int8)), "below 0 and no value above 0"),
     "cut PNG": (lambda: encoded(".png", RNG.integers(0, 9, (70, 90)).astype(np.uint8))[:-900], "damaged"),
     "cut JPEG": (lambda: picture(RNG.integers(0, 255, (70, 90)))[:-900], "damaged"),
     "cut TIFF": (lambda: by_tifffile(LABELS)[:-900], "truncated"),

@@ -58,7 +58,7 @@ def entry() -> NoReturn:
     After an interruption at once: a thread that is still in torch's code would have the process abort (exit code 134).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are no UTF-8, as they are
+        sys.stdout.reconfigure(errors="surrogateescape")  # prints names that are not UTF-8 unchanged
     code = main()
     if code in (INTERRUPTED, TRY_AGAIN):
         sys.stdout.flush()

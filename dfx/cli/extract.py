@@ -57,8 +57,8 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--mask-origin",
         choices=["slide", "bounds"],
-        help="where the masks of slides with bounds (Leica SCN, MIRAX) begin: bounds for masks of QuPath, which crops "
-        "these slides, slide for those of the whole slide (default: an error where that is not certain)",
+        help="corner at which masks of slides with bounds (Leica SCN, MIRAX) begin: bounds for masks of QuPath, which "
+        "crops these slides; slide for masks of the whole slide (default: an error if that is not certain)",
     )
     p.add_argument("--slide-mpp", type=float, metavar="X", help="µm per pixel of the slides, before what they say")
     p.add_argument("--slide-power", type=float, metavar="X", help="objective power of the slides, before what they say")
@@ -91,7 +91,7 @@ def add(commands: Any) -> None:
         choices=["exact", "fast"],
         default="exact",
         help="fast: shrink JPEG tiles while decoding, where patches are shrunk by an even factor; on slides with "
-        "subsampled chroma (4:2:0), tissue then differs by 1.3 grey levels on average and up to 33",
+        "subsampled chroma (4:2:0), tissue at 2x then differs by 1.3 grey levels on average and by up to 33",
     )
     p.add_argument(
         "--memory-threshold", type=float, default=80, metavar="P", help="percent of memory to stay below (default: 80)"
@@ -106,7 +106,7 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--allow-nondeterministic",
         action="store_true",
-        help="resume stores that are half done also with an encoder whose features differ from run to run",
+        help="also resume half-done stores of an encoder whose features differ from run to run",
     )
     p.add_argument(
         "--block-timeout", type=float, default=3600, metavar="S", help="seconds until what hangs is given up (3600)"

@@ -57,6 +57,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def downsample(level: Level) -> str:
-    """Write by how much a level is smaller; for both axes where they differ by more than rounding."""
+    """Format the factor of a level; the factors of both axes if they differ by more than rounding."""
     x, y = level.downsample_xy or (level.downsample, level.downsample)
     return f"{x:g}" if abs(x - y) < 0.01 * x else f"{x:g} x {y:g}"

@@ -62,12 +62,12 @@ def load_encoder(
 
     `encoder`: a name of `list_encoders()` (whatever its case, `-` and `_`) or of timm, or a `torch.nn.Module`.
 
-    `weights`: a local file (safetensors or a state dict, with whatever prefix its names have), the index of its shards
-    (`*.index.json`), or the folder of its repository; for a named one also "random" for none, or None: what the
-    folder of the environment's DFX_WEIGHTS has under its name (`uni.safetensors`, `.pt`, `.pth`, `.bin`, or a folder
-    `phikon/`), else the published ones, at `revision` where given. Code of a repository runs only with
-    `trust_remote_code=True` and a `revision` that is a commit (or `weights`, a folder); its digest is part of the
-    weights', so workers run the same.
+    `weights`: a local file (safetensors or a state dict; its names may have any prefix), the index of its shards
+    (`*.index.json`), or the folder of its repository. For a named encoder also "random" (untrained), or None: the file
+    or folder of its name in the folder of the environment's DFX_WEIGHTS (`uni.safetensors`, `.pt`, `.pth`, `.bin`, or a
+    folder `phikon/`), else the published weights, at `revision` if given. Code of a repository runs only with
+    `trust_remote_code=True` and a `revision` that is a commit (or `weights`, a folder). The digest of this code is part
+    of the weights' digest, so workers run the same code.
 
     A module gets float32 NCHW RGB in [0, 1], less `mean` and divided by `std` where given, patches as they
     are unless `input_size` is given; one with TIAToolbox's `infer_batch` is honoured as it is.

@@ -1,18 +1,18 @@
-"""The fingerprint of an encoder by its behaviour: what it gives for a few synthetic patches.
+"""The fingerprint of an encoder by its behaviour: its output for a few synthetic patches.
 
 A digest of code and weights cannot see everything that features depend on: forward hooks, functions that are called
 by a global name, packed weights, the versions of torch and timm. So each process runs the encoder on `PATCHES`
-synthetic patches, in one batch, by the path of real patches (preparation, precision, pooling), and reduces the features
-of each to `NUMBERS` numbers by a fixed random projection. The projection is kept in the store. A run that resumes the
-store, and each worker process of a run, compares its own with it, within a tolerance (`TOLERANCES`).
+synthetic patches, in one batch, along the path of real patches (preparation, precision, pooling). A fixed random
+projection reduces the features of each patch to `NUMBERS` numbers, which the store keeps. A run that resumes the store,
+and each worker process of a run, compares its own numbers with these, within a tolerance (`TOLERANCES`).
 
-Differences that it cannot notice:
+Differences that this cannot detect:
 
 - on patches unlike the synthetic ones, for example in a branch that only some patches take;
 - below the tolerance, for example another epsilon of a normalisation, or finer changes under bfloat16;
 - that depend on the size of a batch, since the batch is always the same;
 - made by `torch.compile`, since a compiled network is run uncompiled here (a compiler would specialise in this batch);
-- between two random networks: of a network whose two runs differ, only that is kept, and nothing is compared.
+- between two random networks: if two runs of a network differ, the store says so, and the numbers are not compared.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ PATCHES = 3
 NUMBERS = 32
 """Numbers per patch."""
 TOLERANCES = {"float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
-"""By arithmetic, finest first: the largest difference between two projections, relative to their norm. That of
-float32 covers other CPUs, GPUs and numbers of threads. Where two kinds of arithmetic meet, the larger holds."""
+"""By arithmetic, finest first: the largest allowed difference between two projections, relative to their norm. The
+tolerance of float32 covers other CPUs, GPUs and numbers of threads. Between two kinds of arithmetic, the larger
+tolerance holds."""
 STAINS = (243, 226, 84), (240, 142, 52), (245, 184, 132)
 """Red, green and blue of glass, eosin and haematoxylin."""
 BEHAVIOURS: Kept[Behaviour] = Kept(256)
@@ -57,7 +58,7 @@ class Behaviour:
     precision: str
     """Arithmetic of the network, a key of `TOLERANCES`."""
     deterministic: bool = True
-    """Whether two runs gave the same."""
+    """Whether two runs gave the same features."""
     scheme: int = SCHEME
     """Version of the patches and the projection."""
 
@@ -68,11 +69,11 @@ class Behaviour:
 
     @property
     def tolerance(self) -> float:
-        """Of its arithmetic."""
+        """The tolerance of its arithmetic."""
         return TOLERANCES.get(self.precision, max(TOLERANCES.values()))
 
     def expected(self) -> tuple[bytes, str, str] | None:
-        """Return what a worker must give, without the shape, which its patches have; None: it may give anything."""
+        """Return the data, device and precision that a worker must match; None: it may give any features."""
         return (self.data, self.device, self.precision) if self.deterministic else None
 
     def describe(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def installed(package: str) -> str | None:
 
 
 def read_behaviour(description: Any) -> Behaviour | None:
-    """Give what `describe` described; None for what is not there, damaged, or of another scheme."""
+    """Return the behaviour that `describe` wrote; None if it is missing, damaged, or of another scheme."""
     if not isinstance(description, dict) or description.get("scheme") != SCHEME:
         return None
     try:
@@ -114,7 +115,7 @@ def read_behaviour(description: Any) -> Behaviour | None:
 def measure(
     spec: EncoderSpec, device: str, shape_yx: tuple[int, int], channels: int = 3, *, threads: int | None = None
 ) -> Behaviour:
-    """Run an encoder on the synthetic patches of a shape, twice. A process does it once.
+    """Run an encoder twice on the synthetic patches of a shape. A process does this once and keeps the result.
 
     `threads`: how many torch may use on a CPU. Raises `EncoderError` for a network that fails, or gives features that
     are not finite.
@@ -167,7 +168,7 @@ def coarsest(precisions: Iterable[str]) -> str:
 def distance(one: Behaviour, other: Behaviour) -> float:
     """Give the largest difference between the projections of a patch, relative to the largest norm of any patch.
 
-    The norm of the same patch would not do: features that cancel out to almost nothing are mostly rounding errors.
+    The norm of the same patch is not used: features that nearly cancel out are mostly rounding errors.
     """
     a, b = one.projection.astype(np.float64), other.projection.astype(np.float64)
     if a.shape != b.shape:
@@ -231,7 +232,7 @@ def synthetic_patches(shape_yx: tuple[int, int], channels: int = 3) -> NDArray[n
     """Make the synthetic patches, uint8 (`PATCHES`, rows, columns, channels).
 
     They are stained tissue with nuclei, gradients under stripes, and coloured noise from fine to coarse.
-    None looks the same turned, mirrored or with its colours exchanged.
+    Each looks different if it is turned or mirrored, or if its colours are exchanged.
     """
     rows, columns = shape_yx
     y, x = np.arange(rows, dtype=np.int64)[:, None], np.arange(columns, dtype=np.int64)[None, :]

@@ -1,4 +1,4 @@
-"""Given modules as copies and as bytes, with all the state that their hooks refer to.
+"""Copies and bytes of given modules, with all the state that their hooks refer to.
 
 A forward hook refers to its module by a closure, a bound method or a shared dictionary. `copy.deepcopy` keeps functions
 as they are, so hooks of the copy would write into the original; it also refuses tensors that autograd made. So a module
@@ -7,9 +7,9 @@ is pickled, in one of two ways:
 - `copied`: within this process. Classes, module-level functions and global variables are shared with the original,
   since they are code; everything that a module, its hooks and its functions' closures hold is copied.
 - `dumps`: for other processes. Classes and functions that can't be imported (of `__main__`, a notebook or a function)
-  go by value, with the global variables that they use. The bytes do not depend on addresses.
+  are pickled by value, with the global variables that they use. The bytes do not depend on addresses.
 
-Whatever a module holds travels with it, also activations that it has kept from its last call. Gradients do not.
+All attributes of a module travel with it, also activations that it kept from its last call. Gradients do not.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 def copied(module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     """Returns a copy of a module on a device; the module is left as it is.
 
-    Raises `pickle.PicklingError`, `TypeError` or what the module's own `__reduce__` and `__getstate__` raise.
+    Raises `pickle.PicklingError`, `TypeError` or any error of the module's own `__reduce__` and `__getstate__`.
     """
     cells: dict[int, CellType] = {}
-    for _ in range(2):  # the first time finds the classes, whose closures are theirs and not the module's
+    for _ in range(2):  # the first pass finds the classes, whose closures are not the module's
         stream = io.BytesIO()
         pickler = LocalPickler(stream, cells)
         pickler.dump(module)
@@ -49,7 +49,7 @@ def copied(module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
 
 
 def check_copied(thing: Any) -> None:
-    """Raises where a thing that a module holds can't be copied."""
+    """Raises an error if an object that a module holds can't be copied."""
     LocalPickler(Hashed(), {}).dump(thing)
 
 
@@ -86,14 +86,14 @@ def parts(module: nn.Module) -> list[nn.Module]:
 
 
 def importable_classes(module: nn.Module) -> dict[tuple[str, str], type]:
-    """Returns the classes of a module's parts that bytes hold by name only."""
+    """Returns the classes of a module's parts that `dumps` stores by name only."""
     found = {(type(part).__module__, type(part).__qualname__): type(part) for part in parts(module)}
     return {key: cls for key, cls in found.items() if key[0] != "__main__" and "<locals>" not in key[1]}
 
 
 def unpicklable(module: nn.Module, pickles: Callable[[Any], object]) -> str:
-    """Returns the name of the attribute of a module that can't be pickled, "" where there is none."""
-    for private in (False, True):  # a hook fails where what it refers to does
+    """Returns the name of the attribute of a module that can't be pickled, "" if all can be pickled."""
+    for private in (False, True):  # private last: hooks fail with the attributes that they refer to
         for name, part in module.named_modules():
             own = {} if isinstance(part, torch.jit.ScriptModule) else vars(part)
             for key, value in own.items():

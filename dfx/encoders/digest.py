@@ -1,7 +1,8 @@
 """The digest of a given module's code and values.
 
-It decides whether a store may be resumed only where no behaviour is stored, as in version 0.1. Forward hooks, private
-attributes, functions that are called by a global name and packed weights are not in it: see `dfx.encoders.behaviour`.
+It decides whether a store may be resumed only if the store has no behaviour, as in version 0.1, or a random
+behaviour. It does not cover forward hooks, private attributes, functions that are called by a global name, and packed
+weights: see `dfx.encoders.behaviour`.
 """
 
 from __future__ import annotations

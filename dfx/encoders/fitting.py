@@ -1,4 +1,4 @@
-"""Weights held against their network: under which prefix its names stand in a file, and whether all of them fit."""
+"""Fits weights to their network: finds the prefix of the network's names in a file, and checks that all of them fit."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dfx.encoders.weights import INDEX, read_state_dict, some
 from dfx.errors import EncoderError
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Components of names that DataParallel, torch.compile, FSDP and activation checkpointing put in, at any place."""
+"""Components of names that DataParallel, torch.compile, FSDP and activation checkpointing insert, at any place."""
 PREFERRED = ("teacher", "ema", "target")
-"""Words of a prefix that is taken before others: averaged weights, which the training's authors evaluate."""
+"""Words of preferred prefixes: they mark averaged weights, which the authors of the training evaluate."""
 UNDECIDED = "online"
-"""Word of a prefix beside which no other is preferred: BYOL's authors evaluate that network, and not its target."""
+"""If a prefix has this word, no prefix is preferred: BYOL's authors evaluate the online network, not its target."""
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Candidate:
     """With its last dot; "": all tensors of the file."""
     state: State
     matched: int
-    """Names of the network that have a tensor of their shape."""
+    """Number of names of the network that have a tensor of the right shape."""
     missing: list[str]
     """Names of the network without a tensor."""
     misshapen: list[str]
@@ -47,15 +47,15 @@ class Candidate:
 
     @property
     def unfit(self) -> tuple[int, int, int]:
-        """Order of candidates, the best first."""
+        """Sort key of candidates, the best first."""
         left_over = len(self.unexpected) if self.matched else 0
         return len(self.missing) + len(self.misshapen), left_over, len(self.prefix)
 
 
 def load_into(module: nn.Module, path: Path, name: str, *, others: tuple[str, ...] = ()) -> None:
-    """Load a file into a network; every parameter must get a value, and only a classifier's may be left over.
+    """Load a file into a network: every parameter must get a value, and only tensors of a classifier may be left over.
 
-    A prefix of the file's names is taken off where the rest are the network's. Tensors outside that prefix are ignored.
+    A prefix of the file's names is removed if the remaining names are the network's. Tensors without it are ignored.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def load_into(module: nn.Module, path: Path, name: str, *, others: tuple[str, ..
     Raises
     ------
     EncoderError
-        For a file that does not fit under any prefix, or fits under several that have different values.
+        For a file that does not fit under any prefix, or fits under several prefixes with different values.
     """
     spare = (*(f"{head}." for head in classifiers(module)), *others)
     found = sorted(candidates(module, read_state_dict(path), spare), key=lambda c: c.unfit)
@@ -85,7 +85,7 @@ def load_into(module: nn.Module, path: Path, name: str, *, others: tuple[str, ..
 
 
 def candidates(module: nn.Module, state: State, spare: tuple[str, ...]) -> list[Candidate]:
-    """Returns what a network would get under each prefix with at least half of its numbers."""
+    """Returns a candidate for each prefix that has at least half of the network's (or of a smaller file's) numbers."""
     own: State = module.state_dict()
     convert = getattr(sys.modules.get(type(module).__module__), "checkpoint_filter_fn", None)
     sizes: Counter[str] = Counter()
@@ -96,7 +96,7 @@ def candidates(module: nn.Module, state: State, spare: tuple[str, ...]) -> list[
     found = []
     for prefix in (prefix for prefix, size in sizes.items() if size >= least):
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        # Where two names would become one, wrappers' components are real.
+        # If two names became equal without such components, these are part of the names.
         distinct = all(len({without_wrappers(key) for key in names}) == len(names) for names in (inner, own))
         shorten: Callable[[str], str] = without_wrappers if distinct else str
         inner = {shorten(key): value for key, value in inner.items()}
@@ -108,15 +108,15 @@ def candidates(module: nn.Module, state: State, spare: tuple[str, ...]) -> list[
 
 
 def converted(convert: Callable[[State, nn.Module], State], state: State, module: nn.Module) -> State:
-    """Returns a state dict by a library's names of today; as it is where the library can't convert it."""
+    """Returns a state dict with its library's current names; unchanged if the library can't convert it."""
     try:
         return dict(convert(dict(state), module))
     except (RuntimeError, KeyError, ValueError, AttributeError, IndexError, TypeError):
-        return state  # of another architecture or prefix: its names are held against the network as they are
+        return state  # of another architecture or prefix: its names are compared unchanged
 
 
 def candidate(prefix: str, state: State, own: State, spare: tuple[str, ...]) -> Candidate:
-    """Returns a state dict with what does not fit."""
+    """Returns a state dict as a candidate, with the names that do not fit."""
     # Files older than torch 0.4.1 lack the counters of batch normalisation, and torch sets them.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     misshapen = [
@@ -130,7 +130,7 @@ def candidate(prefix: str, state: State, own: State, spare: tuple[str, ...]) -> 
 
 
 def load(module: nn.Module, taken: Candidate, path: Path, name: str, spare: tuple[str, ...]) -> None:
-    """Load a candidate; the network itself has the last word, since its hooks may rename or reshape."""
+    """Load a candidate. The network's own loading decides whether it fits, since its hooks may rename or reshape."""
     count, missing, unexpected, detail = len(module.state_dict()), taken.missing, taken.unexpected, ""
     try:
         missing, unexpected = module.load_state_dict(taken.state, strict=False)
@@ -153,7 +153,7 @@ def load(module: nn.Module, taken: Candidate, path: Path, name: str, spare: tupl
 
 
 def chosen(best: list[Candidate], path: Path, name: str) -> Candidate:
-    """Returns the candidate to take of several that fit alike; raises `EncoderError` where nothing decides."""
+    """Returns the preferred candidate of several that fit equally well; raises `EncoderError` if no rule decides."""
     several = unlike(best)
     if len(several) == 1:
         return several[0]
@@ -173,7 +173,7 @@ def chosen(best: list[Candidate], path: Path, name: str) -> Candidate:
 
 
 def unlike(found: Iterable[Candidate]) -> list[Candidate]:
-    """Returns candidates without those whose values are equal to an earlier candidate's."""
+    """Returns candidates, except those with the same values as an earlier candidate."""
     kept: list[Candidate] = []
     for one in found:
         if not any(equal(one.state, other.state) for other in kept):
@@ -188,12 +188,12 @@ def equal(one: State, other: State) -> bool:
 
 
 def without_wrappers(name: str) -> str:
-    """Returns a name without the components that wrappers of modules put in."""
+    """Returns a name without the components that wrappers of modules insert."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    """Returns the tensors among the values of a state dict, which may have a module's extra state beside them."""
+    """Returns the tensors among the values of a state dict, which may also hold a module's extra state."""
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 

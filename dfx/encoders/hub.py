@@ -61,12 +61,12 @@ def endpoint() -> str:
 
 
 def names_of(part: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names that a file may have, and then those of the index of its shards."""
+    """Returns the names that a file may have, and then the names that the index of its shards may have."""
     return (*part, *(f"{name}{INDEX}" for name in part))
 
 
 def part_of(folder: Path, part: tuple[str, ...]) -> Path | None:
-    """Returns a file in a folder by the first of its names that is there, or the index of its shards; else None."""
+    """Returns the first file with such a name that a folder has, or the index of its shards; None if it has neither."""
     return next((folder / name for name in names_of(part) if (folder / name).is_file()), None)
 
 
@@ -169,7 +169,7 @@ def download(wanted: Wanted, *, cached: bool = False) -> Path:
 
 
 def digest(wanted: Wanted, path: Path) -> str:
-    """Returns the SHA-256 of a weights file, or of all shards or files of a folder that the encoder is built from."""
+    """Returns the SHA-256 of a weights file, of all shards of an index, or of all files that build an encoder."""
     if path.is_file() and not path.name.endswith(INDEX):
         return file_digest(path)
     folder = path if path.is_dir() else path.parent

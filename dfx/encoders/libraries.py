@@ -64,7 +64,7 @@ def trained(spec: EncoderSpec, path: Path) -> nn.Module:
 
 
 def part_in(folder: Path, names: tuple[str, ...]) -> Path:
-    """Returns the weights in a folder that was found to have them."""
+    """Returns the weights file in a folder that is known to have it."""
     found = hub.part_of(folder, names)
     assert found is not None
     return found
@@ -102,7 +102,7 @@ def from_timm(spec: EncoderSpec, card: Card | None) -> nn.Module:
 
 
 def prefix_of(module: nn.Module, pooling: str) -> int:
-    """Returns the number of tokens before those of patches.
+    """Returns the number of tokens before the patch tokens.
 
     Raises `ValueError` for a network that gives maps, or lacks the class token that the pooling needs.
     """
@@ -171,7 +171,7 @@ def from_transformers(spec: EncoderSpec, card: Card, folder: Path) -> nn.Module:
         if card.code:
             raise EncoderError(f"weights {folder} are not those of '{spec.name}' ({type(e).__name__}: {e}).") from e
         module, unfit = transformers_layers(spec, card, folder), [str(e)]
-    if unfit:  # by the library's own names and formats; a wrapper may have put others in
+    if unfit:  # the library reads only its own names and formats; a wrapper may have changed them
         load_into(module, file, spec.name, others=OTHER_TOWERS)
     return pooled(spec, module)
 

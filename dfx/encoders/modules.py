@@ -23,7 +23,7 @@ GIVEN: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary
 def module_spec(module: nn.Module, weights: Path | None = None) -> EncoderSpec:
     """Returns the description of a module, and keeps a copy of it as it is now; the module is left as it is.
 
-    A module that is given twice without a change between is copied once.
+    A module that is given twice, unchanged, is copied once.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def module_spec(module: nn.Module, weights: Path | None = None) -> EncoderSpec:
 
 
 def check_values(module: nn.Module, name: str) -> None:
-    """Refuse a module some of whose parameters have no values."""
+    """Refuse a module that has parameters without values."""
     for key, value in [*module.named_parameters(), *module.named_buffers()]:
         if nn.parameter.is_lazy(value):
             raise EncoderError(f"module {name} can't be copied: '{key}' has no values yet; call it on a batch first.")
@@ -67,7 +67,7 @@ def check_values(module: nn.Module, name: str) -> None:
 
 
 def copy_of(module: nn.Module, name: str) -> nn.Module:
-    """Returns a copy in main memory and evaluation mode; raises `EncoderError` that names what prevents it."""
+    """Returns a copy in main memory and evaluation mode; raises `EncoderError` that names the cause."""
     try:
         own = copying.copied(module)
     except Exception as e:  # whatever a module's attributes raise
@@ -83,14 +83,14 @@ def copy_of(module: nn.Module, name: str) -> nn.Module:
 
 
 def token_of(module: nn.Module) -> str:
-    """Returns what identifies the content of a module in all processes.
+    """Returns a token that identifies the content of a module in all processes.
 
-    Two modules of one class have different ones also where the class was loaded anew between them, since their bytes
-    hold the class by name.
+    If a class was loaded again, its earlier and later modules have different tokens, even if their bytes are equal: the
+    bytes hold the class by name only.
     """
     try:
         token = copying.content_digest(module)
-    except Exception:  # it can run in this process, and sending it says what prevents that
+    except Exception:  # it can still run in this process; sending it raises an error that names the cause
         return uuid.uuid4().hex
     kept = GIVEN.get(token)
     if kept is not None:

@@ -30,7 +30,7 @@ PROBES: Kept[Probe] = Kept(256)
 """What networks give for patches of a shape."""
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
-"""Of each module that runs. Networks of several specs may share it, and hooks keep features in it."""
+"""The lock of each module that runs. Networks of several specs may share a module, and hooks keep features in it."""
 
 
 def network(spec: EncoderSpec, device: str) -> Network:
@@ -163,7 +163,7 @@ class Network:
     def arithmetic(self) -> str:
         """The coarsest number format that it computes in, which decides how much features may differ elsewhere.
 
-        On a GPU that has it, TF32 is what torch takes for the convolutions of float32.
+        On GPUs that have TF32, torch uses it for convolutions of float32.
         """
         found = {self.precision} | {str(t.dtype).removeprefix("torch.") for t in self._uncompiled.parameters()}
         if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0) and tf32_is_on():
@@ -178,8 +178,8 @@ class Network:
     ) -> NDArray[np.floating[Any]]:
         """Encode uint8 patches (N, rows, columns, 3) to (N, D), `batch_size` at a time.
 
-        `threads` is how many torch may use on a CPU (None: as the process has it). `compiled`: False runs a
-        compiled network as it is without that.
+        `threads` is how many torch may use on a CPU (None: as the process has it). `compiled`: False runs a compiled
+        network without compilation.
         """
         module = self.module if compiled else self._uncompiled
         rows = []
@@ -209,7 +209,7 @@ class Network:
         return found.copy() if self.device.type == "cpu" and np.may_share_memory(found, x.numpy()) else found
 
     def _remedy(self) -> str:
-        """Returns what to do where the data types of a given module's parameters may be the reason of a failure."""
+        """Returns a remedy if the data types of a given module's parameters may have caused a failure, else ""."""
         found = sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()} - {"float32"})
         if self.spec.kind != "module" or self.precision != "float32" or not found:
             return ""
@@ -241,7 +241,7 @@ def tf32_is_on() -> bool:
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """Returns the data type that all floating parameters of a module have; float32 where they have several, or none."""
+    """Returns the data type of all floating-point parameters of a module; float32 unless they have exactly one type."""
     found = {p.dtype for p in module.parameters() if p.is_floating_point()}
     return found.pop() if len(found) == 1 else torch.float32
 

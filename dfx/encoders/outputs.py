@@ -41,8 +41,8 @@ def pool(
 ) -> torch.Tensor:
     """Returns a network's output as (N, D); raises `EncoderError` where that would be a guess.
 
-    `layout`: what a given module says of its tokens. None: the first is the class token, and "mean" is of all tokens.
-    `shape_yx`: of the images.
+    `layout`: the tokens of a given module. None: the first token is the class token, and "mean" averages all tokens.
+    `shape_yx`: rows and columns of the images.
     """
     rank = out.ndim if isinstance(out, torch.Tensor) else 0
     if rank == 3 and spec.pooling and not spec.named:
@@ -61,7 +61,7 @@ def pool(
 
 
 def described(out: Any) -> str:
-    """Returns in words what a network gives."""
+    """Returns a description of a network's output, for messages."""
     if isinstance(out, torch.Tensor):
         return f"a tensor of shape {tuple(out.shape)}"
     keys = ", ".join(map(repr, out)) if isinstance(out, Mapping) else ", ".join(getattr(out, "_fields", ()))
@@ -69,16 +69,16 @@ def described(out: Any) -> str:
 
 
 def remedy(out: Any) -> str:
-    """Returns what to do about an output of a wrong shape."""
+    """Returns the remedy for an output of a wrong shape."""
     if not isinstance(out, torch.Tensor):
-        return "wrap it in a module whose forward returns the one tensor that is wanted"
+        return "wrap it in a module whose forward returns only the wanted tensor"
     if out.ndim == 3:
         return "pool inside the module, or use load_encoder(module, pooling='cls'|'mean'|'cls+mean') for tokens"
     if out.ndim == 4:
         return "pool inside the module, or use load_encoder(module, pooling='mean') for maps"
     if out.ndim == 1:
-        return "a module with one number per patch returns it as x[:, None]"
-    return "return one row per patch, in their order"
+        return "return one number per patch as x[:, None]"
+    return "return one row per patch, in the order of the patches"
 
 
 def to_numpy(out: torch.Tensor) -> NDArray[np.floating[Any]]:

@@ -24,7 +24,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Pickles modules that `pickle` refuses or changes: scripted, compiled and parametrized ones, and their hooks."""
+    """Pickles modules that `pickle` refuses or changes: scripted, compiled and parametrized modules, and hooks."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -38,10 +38,10 @@ class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
         super().dump(obj)
 
     def reducer_override(self, obj: Any) -> Any:
-        """Returns how an object is pickled; `NotImplemented`: by its own way."""
+        """Returns the reduction of an object; `NotImplemented`: the object defines it itself."""
         if isinstance(obj, torch.storage.TypedStorage):
             untyped = obj._untyped_storage
-            # Each tensor makes an object of its own of a storage that it shares with others.
+            # Tensors that share a storage have a separate Python object for it each.
             return typed_storage, (self._storages.setdefault(untyped._cdata, untyped), obj.dtype)
         if isinstance(obj, torch.jit.ScriptModule | torch.jit.ScriptFunction):
             return load_script, (obj.save_to_buffer({}),)
@@ -65,7 +65,7 @@ class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return itself, (module._orig_mod,)
         if is_parametrized(module):  # whose class refuses to be pickled, though its parts can be
             return new_object, (type(module),), {k: v for k, v in vars(module).items() if k != "_compiled_call_impl"}
-        if isinstance(module, torch.fx.GraphModule):  # which builds itself anew, without hooks
+        if isinstance(module, torch.fx.GraphModule):  # which rebuilds itself without hooks
             make, (state, *others) = module.__reduce__()[:2]
             hooks = {key: value for key, value in vars(module).items() if key.startswith(HOOKS)}
             rest = {key: value for key, value in state.items() if key not in hooks}  # hooks may refer to the module
@@ -73,13 +73,13 @@ class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
         return NotImplemented
 
     def _function(self, function: FunctionType, reduced: Any) -> Any:
-        """Functions that share a variable share it afterwards, which cloudpickle's own way does not keep."""
+        """Functions that share a variable share it in the copy, too; cloudpickle by itself would separate them."""
         _, (code, scope, *_), state, *_ = reduced
         cells = None if function.__closure__ is None else tuple(self._cell(cell) for cell in function.__closure__)
         return make_function, (code, self._scope(function, scope, state[1]), cells), state, None, None, set_function
 
     def _cell(self, cell: CellType) -> CellType:
-        """Returns the variable of the copy, without a value: its functions get that when they exist."""
+        """Returns the variable of the copy, still without a value: it gets its value when the functions exist."""
         return self._cells.setdefault(id(cell), (cell, CellType()))[1]
 
     def _scope(self, function: FunctionType, scope: dict[str, Any], slots: dict[str, Any]) -> Any:
@@ -95,13 +95,13 @@ class PortablePickler(ModulePickler):
         self._scopes: dict[str, ImportedScope] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        """Returns how an object is pickled; `NotImplemented`: by its own way."""
+        """Returns the reduction of an object; `NotImplemented`: the object defines it itself."""
         if isinstance(obj, torch.UntypedStorage):
             return untyped_storage, (pickle.PickleBuffer(bytes_of(obj)),)
         reduced = super().reducer_override(obj)
         if isinstance(obj, type) and reduced is not NotImplemented and len(reduced) > 2:
             make, (*args, _, extra), *others = reduced
-            # Without its number, by which a process that has another state of the class would take that.
+            # Without the class's number: a process that knows another state of the class by this number would use that.
             return make, (*args, None, extra), *others
         return reduced
 
@@ -114,7 +114,7 @@ class PortablePickler(ModulePickler):
 
 
 class LocalPickler(ModulePickler):
-    """For copies within this process: `things` are what the stream refers to and does not hold."""
+    """For copies within this process: `things` are the objects that the stream refers to but does not hold."""
 
     def __init__(self, file: Any, cells: dict[int, CellType]) -> None:
         super().__init__(file)
@@ -143,7 +143,7 @@ class LocalPickler(ModulePickler):
         return self._numbers[id(obj)]
 
     def reducer_override(self, obj: Any) -> Any:
-        """Returns how an object is pickled; `NotImplemented`: by its own way."""
+        """Returns the reduction of an object; `NotImplemented`: the object defines it itself."""
         if isinstance(obj, MethodType) and obj.__func__ in list(functions_of(*type(obj.__self__).__mro__)):
             self._shared[id(obj.__func__)] = obj.__func__
         return super().reducer_override(obj)
@@ -168,7 +168,7 @@ class LocalUnpickler(pickle.Unpickler):
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def persistent_load(self, pid: int) -> Any:
-        """Returns the thing of a number."""
+        """Returns the thing with a number."""
         thing = self._things[pid]
         if not isinstance(thing, torch.UntypedStorage):
             return thing
@@ -189,12 +189,12 @@ class ImportedScope:
 
 
 def owns(name: str, scope: dict[str, Any]) -> bool:
-    """Whether global variables are those of the module of a name."""
+    """Whether global variables belong to the module with a name."""
     return name in sys.modules and vars(sys.modules[name]) is scope
 
 
 def imported_scope(name: str) -> dict[str, Any]:
-    """Returns the global variables of a module; new ones where there is no such module here."""
+    """Returns the global variables of a module; new variables if there is no such module here."""
     try:
         return vars(importlib.import_module(name))
     except ImportError:
@@ -203,7 +203,7 @@ def imported_scope(name: str) -> dict[str, Any]:
 
 def is_compiled(thing: object) -> bool:
     """Whether a thing is the wrapper that `torch.compile` puts around a module."""
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # which is slow to import, and is where there is a wrapper
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")  # slow to import; imported already if a wrapper exists
     return eval_frame is not None and isinstance(thing, eval_frame.OptimizedModule)
 
 
@@ -229,7 +229,7 @@ def note_cells(function: FunctionType, found: dict[int, CellType]) -> None:
 
 
 def is_stateless(function: FunctionType) -> bool:
-    """Whether a function is code alone, or is known by its name, so that a copy may use it too."""
+    """Whether a function has no state, or can be found by its name, so that a copy may use it too."""
     if not (function.__closure__ or function.__defaults__ or function.__kwdefaults__ or vars(function)):
         return True
     found: Any = sys.modules.get(function.__module__)
@@ -243,7 +243,7 @@ def bytes_of(storage: Any) -> memoryview:
     return memoryview(torch.empty(0, dtype=torch.uint8).set_(storage.cpu()).numpy())  # type: ignore[arg-type]
 
 
-# What the streams name
+# Functions that the streams name
 
 
 def untyped_storage(data: bytearray) -> torch.UntypedStorage:
@@ -252,20 +252,20 @@ def untyped_storage(data: bytearray) -> torch.UntypedStorage:
 
 
 def typed_storage(untyped: torch.UntypedStorage, dtype: torch.dtype) -> torch.storage.TypedStorage:
-    """Returns a storage as tensors of a data type take it."""
+    """Returns a storage with the data type of its tensors."""
     return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
 def load_script(data: bytes) -> nn.Module:
-    """Returns a scripted or traced module, or a scripted function as one."""
+    """Returns a scripted or traced module, or a scripted function as a module."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # that torch.jit is deprecated is for its user to know
+        warnings.simplefilter("ignore", FutureWarning)  # the deprecation of torch.jit concerns its user, not dfx
         module: nn.Module = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
     return module
 
 
 def itself(thing: Any) -> Any:
-    """Returns what it is given."""
+    """Returns its argument."""
     return thing
 
 
@@ -280,13 +280,13 @@ def set_state(thing: Any, state: dict[str, Any]) -> None:
 
 
 def make_function(code: Any, scope: dict[str, Any], cells: tuple[CellType, ...] | None) -> FunctionType:
-    """Returns a function that lacks its state."""
+    """Returns a function without its state."""
     scope.setdefault("__builtins__", __builtins__)
     return FunctionType(code, scope, None, None, cells)
 
 
 def set_function(function: FunctionType, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    """Give a function its state; the global variables of a module that is here are the module's own."""
+    """Give a function its state; if its module is loaded here, the function uses the module's own global variables."""
     if owns(str(function.__globals__.get("__name__")), function.__globals__):
         state[1]["__globals__"] = {}
     by_value._function_setstate(function, state)

@@ -53,7 +53,7 @@ class EncoderSpec:
     trusted: bool = False
     """Whether code of its repository may run."""
     token: str = ""
-    """Identifies the content of a given module: one module that was changed between two loads has two."""
+    """Identifies the content of a given module: a module that was changed between two loads has two tokens."""
     module: Any = field(default=None, repr=False, compare=False)
     """A given module, in the process that it was given to; kept alive by what uses it, never pickled."""
 

@@ -1,4 +1,4 @@
-"""Which tokens of a given vision transformer are not those of patches."""
+"""Finds the tokens of a given vision transformer that do not belong to patches."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from dfx.errors import EncoderError
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """What a network says of the tokens that it gives before those of patches: its class token and its registers."""
+    """The tokens that a network gives before its patch tokens, as it states them: class token and registers."""
 
     network: nn.Module
-    """The network that says so."""
+    """The network that states this."""
     prefix: int
-    """How many there are."""
+    """Number of these tokens."""
     has_class: bool
     """Whether the first is a class token."""
     within: bool
-    """Whether the network is within the given module, which may drop some of them."""
+    """Whether the network is within the given module, which may drop some of these tokens."""
 
     def prefix_in(self, tokens: int, name: str, pooling: str, shape_yx: Sequence[int]) -> int:
-        """Returns how many of an output's tokens come before those of patches.
+        """Returns the number of tokens of an output before its patch tokens.
 
         Parameters
         ----------
         tokens
             Number of tokens of the output.
         name, pooling
-            Of the encoder.
+            Name and pooling of the encoder.
         shape_yx
-            Of the images that the module got.
+            Rows and columns of the images that the module got.
 
         Raises
         ------
         EncoderError
-            Where tokens of patches can't be told from others, or a class token is asked for and there is none.
+            If patch tokens can't be told from others, or if the pooling needs a class token that is missing.
         """
         prefix = self.prefix
         if self.within:
@@ -55,24 +55,24 @@ class TokenLayout:
         if "cls" in pooling and not (self.has_class and prefix in (1, self.prefix) and prefix):
             raise EncoderError(f"encoder {name} gives no class token: use pooling='mean', or pool inside the module.")
         if prefix >= tokens:
-            raise EncoderError(f"encoder {name} gives {tokens} tokens, none of them of a patch: use pooling='cls'.")
+            raise EncoderError(f"encoder {name} gives {tokens} tokens, and no patch token: use pooling='cls'.")
         return prefix
 
 
 def token_layout(module: nn.Module, name: str) -> TokenLayout | None:
-    """Returns what a module, or the networks in it, say of their tokens; None where nothing says so.
+    """Returns the token layout that a module, or the networks in it, state; None if it is not stated.
 
     Raises `EncoderError` for networks that disagree.
     """
     found = networks_with_tokens(module, set())
     whole = [network for network in found if patch_counts(network, (1, 1))]
-    if not whole and len(found) > 1:  # layers of attention, which a network has many of
+    if not whole and len(found) > 1:  # attention layers, of which a network has many
         return None
     networks = {(prefix_of(network), has_class_token(network)): network for network in whole or found}
     if len(networks) > 1:
         raise EncoderError(
             f"the networks in encoder {name} have {' and '.join(sorted(str(prefix) for prefix, _ in networks))} tokens "
-            "before those of patches: pool inside the module."
+            "before the patch tokens: pool inside the module."
         )
     for (prefix, has_class), network in networks.items():
         return TokenLayout(network, prefix or 0, has_class, network is not module)
@@ -80,7 +80,7 @@ def token_layout(module: nn.Module, name: str) -> TokenLayout | None:
 
 
 def networks_with_tokens(module: nn.Module, seen: set[nn.Module]) -> list[nn.Module]:
-    """Returns the outermost networks in a module, or the module itself, that say how many tokens come first."""
+    """Returns the outermost networks in a module, or the module itself, that state how many tokens come first."""
     if prefix_of(module) is not None:
         return [module]
     new = [child for child in module.children() if child not in seen]
@@ -89,7 +89,7 @@ def networks_with_tokens(module: nn.Module, seen: set[nn.Module]) -> list[nn.Mod
 
 
 def prefix_of(network: nn.Module) -> int | None:
-    """Returns the number of tokens before those of patches, as timm, transformers and DINOv2 have it; None: unknown."""
+    """Returns the number of tokens before the patch tokens, as timm, transformers and DINOv2 state it, or None."""
     count = getattr(network, "num_prefix_tokens", None)
     if is_count(count):
         return count
@@ -109,7 +109,7 @@ def has_class_token(network: nn.Module) -> bool:
 
 
 def patch_counts(network: nn.Module, shape_yx: Sequence[int]) -> list[int]:
-    """Returns how many patches a network may have: of images of a shape, or of the size that it is built for."""
+    """Returns the numbers of patches that a network may have: for images of a shape, or of the size it is built for."""
     embed, config = getattr(network, "patch_embed", None), getattr(network, "config", None)
     found: list[int] = []
     for owner in (embed, network, config):
@@ -127,7 +127,7 @@ def is_count(value: Any) -> TypeGuard[int]:
 
 
 def pair(value: Any) -> tuple[int, int] | None:
-    """Returns a size as (rows, columns); None for what is no size."""
+    """Returns a size as (rows, columns); None for a value that is not a size."""
     if is_count(value) and value:
         return value, value
     if isinstance(value, list | tuple) and len(value) == 2 and all(is_count(v) and v for v in value):

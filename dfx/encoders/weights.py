@@ -16,9 +16,9 @@ import torch
 from dfx.errors import EncoderError
 
 INDEX = ".index.json"
-"""How the name of a file ends that says which shard has which tensor."""
+"""Ending of the name of an index, which is a file that lists the shard of each tensor."""
 DEPTH = 16
-"""Of dicts in dicts. A hostile file may have more than Python can walk."""
+"""Depth to which nested dicts are read. A hostile file may nest deeper than Python can recurse."""
 
 
 def file_digest(path: Path) -> str:
@@ -28,7 +28,7 @@ def file_digest(path: Path) -> str:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Returns the shard of each tensor, as an index has it.
+    """Returns the shard of each tensor, as an index states it.
 
     Raises `EncoderError` for a file that is no index, and for a shard outside its folder.
     """
@@ -63,8 +63,8 @@ def files_of(path: Path) -> list[Path]:
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """Returns all tensors of a file, or of an index's shards; keys of nested dicts are joined by dots.
 
-    Raises `EncoderError` for a file that holds other things than tensors and plain values, so that an untrusted file
-    runs no code, and for a file without tensors.
+    Raises `EncoderError` for a file without tensors, and for a file that holds more than tensors and plain values, so
+    that an untrusted file runs no code.
     """
     _, *shards = files_of(path)
     if not shards:
@@ -78,7 +78,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_file(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of one file, whose content, not its name, tells its format."""
+    """Returns the tensors of one file; its content decides its format, not its name."""
     try:
         found: Any = read_safetensors(path) if is_safetensors(path) else read_torch(path)
     except Exception as e:  # both readers raise many kinds
@@ -120,8 +120,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def read_torch(path: Path) -> Any:
     """Returns the tensors and plain values of a file of torch."""
-    # Compressed by another tool, its tensors do not lie in the file as they are in memory.
-    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # which torch takes for its name alone
+    # If another tool compressed the archive, its tensors can't be mapped into memory.
+    mapped = zipfile.is_zipfile(path) and path.suffix != ".safetensors"  # torch would go by this suffix alone
     if mapped:
         with zipfile.ZipFile(path) as archive:
             mapped = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
@@ -134,7 +134,7 @@ def read_torch(path: Path) -> Any:
 
 
 def tensors_of(value: Any, keys: tuple[str, ...], seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over the tensors of dicts in dicts. A dict that occurs again gives them only once."""
+    """Yield the tensors of nested dicts. A dict that occurs several times yields its tensors only once."""
     if isinstance(value, torch.Tensor):
         yield ".".join(keys), value
     elif isinstance(value, dict) and id(value) not in seen and len(keys) < DEPTH:

@@ -132,7 +132,7 @@ class Source:
     def pooled(self, features: Features) -> NDArray[np.float32]:
         """Mean or maximum of an encoder's features over the patches whose features are finite, float32 (D,).
 
-        Warns of others; raises `StoreError` where there are only such.
+        Warns of other patches; raises `StoreError` if there are no finite features.
         """
         mean = self.pool == "mean"
         found, count = np.full(features.features.shape[1], 0 if mean else -np.inf), 0
@@ -144,7 +144,7 @@ class Source:
             bad = f"{len(self) - count} of {len(self)} patches of {self.path} have features that are NaN or infinite"
             if not count:
                 raise StoreError(f"{bad}, so the slide has no {self.pool}: extract them again, or leave pool out.")
-            warnings.warn(f"{bad}: the slide's {self.pool} is that of the others.", UserWarning, stacklevel=2)
+            warnings.warn(f"{bad}: the slide's {self.pool} is taken over the other patches.", UserWarning, stacklevel=2)
         return (found / count if mean else found).astype(np.float32)
 
 

@@ -44,10 +44,10 @@ def draw(
     Takes the GeoJSON itself, or a path or URL of its file. Returns bool (rows, columns), true inside any polygon, and
     the origin of the coordinates (see `origin_of`).
 
-    A Polygon, MultiPolygon, GeometryCollection, Feature, FeatureCollection or list of features; holes are left out
-    of their own polygon only. Points and lines, which have no area, and empty geometries (RFC 7946, 3.1) add nothing.
-    A cell that an outline passes counts as inside, so that nothing is too thin to be seen. Raises `CallError` for
-    other content, and for GeoJSON without any polygon.
+    The GeoJSON is a Polygon, MultiPolygon, GeometryCollection, Feature, FeatureCollection or list of features. Holes
+    are left out of their own polygon only. Points and lines, which have no area, and empty geometries (RFC 7946, 3.1)
+    add nothing. A cell that an outline passes counts as inside, so that nothing is too thin to be seen. Raises
+    `CallError` for other content, and for GeoJSON without any polygon.
     """
     name = "the mask" if isinstance(annotations, Mapping) else f"mask {shown(str(annotations))}"
     given = annotations if isinstance(annotations, Mapping) else read(str(annotations), storage_options)
@@ -105,7 +105,7 @@ def polygons(found: Any, name: str, depth: int = 0) -> Iterator[list[Ring]]:
             if part.get("geometry") is not None:  # GeoJSON allows a feature without a place
                 yield from polygons(part["geometry"], name, depth + 1)
         elif kind == "GeometryCollection":
-            # Some writers have null where RFC 7946 has a geometry with an empty list.
+            # Some writers write null where RFC 7946 has a geometry with an empty list.
             geometries = [geometry for geometry in listed(part, "geometries", name) if geometry is not None]
             yield from polygons(geometries, name, depth + 1)
         elif kind == "Polygon":
@@ -143,7 +143,5 @@ def rings_of(found: list[Any], name: str) -> Iterator[list[Ring]]:
         except (TypeError, ValueError, KeyError, OverflowError):
             right = False
         if not right:
-            raise CallError(
-                f"{name} has a polygon that is none: give rings of 3 or more corners [x, y] in level-0 pixels."
-            )
+            raise CallError(f"{name} has an invalid polygon: give rings of 3 or more corners [x, y] in level-0 pixels.")
         yield rings

@@ -29,7 +29,7 @@ PILLOW: dict[bytes, Callable[[Any], PillowImage]] = {
     b"GIF8": GifImagePlugin.GifImageFile,
     b"RIFF": WebPImagePlugin.WebPImageFile,
 }
-"""Readers by how a file begins. `PIL.Image.open` would warn of sizes that are below `MOST_PIXELS`."""
+"""Readers by the first bytes of a file. `PIL.Image.open` would warn of some sizes below `MOST_PIXELS`."""
 LOSSLESS = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}
 """Compressions of TIFF that keep every value: none, CCITT, LZW, deflate, PackBits, LZMA, zstd."""
 RGB_CODECS = {6, 7, 50001}
@@ -50,19 +50,20 @@ class Image:
     index: NDArray[np.unsignedinteger[Any]] | None = None
     """(rows, columns): numbers of palette entries, where the file has a palette."""
     lossy: bool = False
-    """Whether the codec changes values: zero may come back as a little more."""
+    """Whether the codec changes values: zero may become a small value."""
     associated: bool = False
     """Whether colours are multiplied by alpha already."""
     valid: NDArray[np.bool_] | None = None
     """(rows, columns): pixels that have data. False in tiles that the file lacks, and where a pixel has the value that
-    the file names as "no data" (GDAL's tag); None: all have."""
+    the file names as "no data" (GDAL's tag); None: all pixels have data."""
 
 
 def read_image(file: BinaryIO) -> Image:
     """Read a picture of a file object.
 
-    TIFF: the first picture, or of a pyramid the largest level of at most `GOOD_PIXELS` pixels. Raises `ImageError`
-    for a file with several pictures, for more than `MOST_PIXELS`, and for colours that are not grey, RGB or a palette.
+    Of a TIFF, this is the only picture, or the largest level of its pyramid with at most `GOOD_PIXELS` pixels. Raises
+    `ImageError` for a file with several pictures, for more than `MOST_PIXELS`, and for colours that are not grey, RGB
+    or a palette.
     """
     head = file.read(16)
     file.seek(0)
@@ -90,7 +91,7 @@ def check_size(rows: int, columns: int) -> None:
 
 
 def read_pillow(file: BinaryIO, head: bytes, opener: Callable[[Any], PillowImage]) -> Image:
-    """Read what is no TIFF; 16-bit PNG by imagecodecs, since Pillow drops the lower byte of its colours."""
+    """Read a file that is not a TIFF; 16-bit PNG with imagecodecs, since Pillow drops the lower byte of its colours."""
     with opener(file) as image:
         check_size(image.height, image.width)
         if (frames := getattr(image, "n_frames", 1)) > 1:
@@ -158,7 +159,7 @@ def read_tiff(tif: tifffile.TiffFile) -> Image:
 
 
 def with_data(page: Any, colours: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """Find the pixels that have data; None where all have."""
+    """Find the pixels that have data; None if all pixels have data."""
     stored = (np.array(page.databytecounts) > 0) & (np.array(page.dataoffsets) > 0)
     valid = None
     if not stored.all():
@@ -215,10 +216,10 @@ def scaled(pixels: NDArray[Any], bits: int) -> NDArray[Any]:
 
 
 def black_is_zero(pixels: NDArray[Any], tif: tifffile.TiffFile, page: Any) -> NDArray[Any]:
-    """Give a picture in which 0 is white with 0 as black.
+    """Invert a picture in which 0 is white, so that 0 is black.
 
-    Two writers do not mean white by 0: tifffile marks every bool array so, and ImageJ marks masks so that are shown by
-    an inverting table; their values stay.
+    Two writers set this tag without meaning white by 0: tifffile for every bool array, and ImageJ for masks that it
+    shows through an inverting table. Their values stay.
     """
     by_tifffile = str(page.tags.valueof(305, "") or "").startswith("tifffile") and page.bitspersample == 1
     if by_tifffile or tif.is_imagej:

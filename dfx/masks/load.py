@@ -17,8 +17,8 @@ from dfx.remote import is_remote, local_path, read_bytes, shown, suffix
 
 REMEDY = f"give an image file ({KINDS}), a .npy file, an array, 'tissue', 'hsv' or None"
 NOISE, BRIGHT, CLEAR = 8, 64, 96
-"""Grey levels of images that were compressed with losses: noise of black is at most NOISE over whole blocks, what is
-wanted is above BRIGHT, and areas between NOISE and CLEAR are neither."""
+"""Grey levels of images that were compressed with losses: noise in black areas is at most NOISE over whole blocks,
+wanted cells are above BRIGHT, and areas between NOISE and CLEAR are ambiguous."""
 BLOCK = 8
 """Side, in cells, of a block of JPEG."""
 
@@ -35,17 +35,17 @@ def read_mask(path: str | Path, storage_options: Mapping[str, Any] | None = None
     | a masked array | of these, the cells that are not masked |
     | 1 channel | as above |
     | 3 channels (RGB) | some channel is above 0 |
-    | 2 or 4 channels | the same of the first 1 or 3, where alpha (the last) is above 0: opaque black is black, and a \
-fully transparent cell is not wanted |
+    | 2 or 4 channels | the same for the first 1 or 3, where alpha (the last) is above 0: opaque black and fully \
+transparent cells are not wanted |
     | a palette | the colour is not black; an error where that differs from "the index is not 0" |
     | JPEG, lossy WebP, lossy TIFF | the brightest channel is above 64 of 255; an error where areas are \
 dark grey, which may be labels or noise |
     | TIFF in which 0 is white | not black, as in a viewer; in bool arrays of tifffile and masks of ImageJ: above 0 |
     | TIFF with missing tiles | not in these tiles |
     | TIFF with a value for "no data" (GDAL) | not this value |
-    | a pyramidal TIFF | those of the largest level of at most 67 million cells |
+    | a pyramidal TIFF | the wanted cells of the largest level with at most 67 million cells |
 
-    Rows and columns are as stored, as those of slides: tags of orientation (TIFF, EXIF) are not applied. A file of
+    Rows and columns are as stored, as in slides: orientation tags (TIFF, EXIF) are not applied. A file of
     several pictures and a picture of more than 268 million cells are refused. Raises `CallError`.
     """
     name = f"mask {shown(str(path))}"
@@ -110,7 +110,7 @@ def as_mask(mask: object, name: str = "the mask") -> NDArray[np.bool_]:
 
 
 def mask_of_image(file: BinaryIO, name: str) -> NDArray[np.bool_]:
-    """Read a mask from an open image file; see `read_mask`. Raises `CallError`, which calls the file by `name`."""
+    """Read a mask from an open image file; see `read_mask`. Raises `CallError`, which contains `name`."""
     try:
         return wanted(read_image(file))
     except ImageError as e:
@@ -118,7 +118,7 @@ def mask_of_image(file: BinaryIO, name: str) -> NDArray[np.bool_]:
 
 
 def wanted(image: Image) -> NDArray[np.bool_]:
-    """Say which cells of an image are wanted; see `read_mask`. Raises `ImageError` where two readings differ."""
+    """Find the wanted cells of an image; see `read_mask`. Raises `ImageError` for an ambiguous image."""
     pixels, alpha = image.pixels, None
     if pixels.shape[2] in (2, 4):
         pixels, alpha = pixels[..., :-1], pixels[..., -1] > 0
@@ -140,12 +140,12 @@ def wanted(image: Image) -> NDArray[np.bool_]:
                 "save the indices as grey, or the colours as RGB"
             )
     if pixels.dtype.kind in "if" and not found.any() and (pixels < 0).any() and image.valid is None:
-        raise ImageError("has values below 0 and no value above it: give an array that is above 0 where wanted")
+        raise ImageError("has values below 0 and no value above 0: give an array that is above 0 where wanted")
     return np.asarray(found)
 
 
 def lossy_wanted(grey: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Tell wanted cells from the noise of a lossy codec; raises `ImageError` where that can't be done."""
+    """Separate wanted cells from the noise of a lossy codec; raises `ImageError` if that is impossible."""
     found = np.asarray(grey > BRIGHT)
     doubtful = ((grey > NOISE) & (grey <= CLEAR)).astype(np.uint8)
     dark = cv2.erode(doubtful, np.ones((BLOCK, BLOCK), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)

@@ -14,15 +14,15 @@ from dfx.masks.image_file import MOST_PIXELS
 Origin: TypeAlias = Literal["slide", "bounds"]
 """The corner at which a mask begins: the slide's, or the corner of its bounds."""
 Bounds: TypeAlias = tuple[int, int, int, int]
-"""(x, y, width, height) of what was scanned, in level-0 pixels."""
+"""(x, y, width, height) of the scanned area, in level-0 pixels."""
 
 
 def origin_of(outlines: list[NDArray[np.float64]], bounds: Bounds | None, origin: Origin | None, name: str) -> Origin:
-    """Find which corner the coordinates (n, 2) of polygons count from; raises `CallError` where only the user can know.
+    """Find the corner from which coordinates (n, 2) of polygons count; raises `CallError` if only the user can know.
 
     OpenSlide and dfx count from the corner of the whole slide. QuPath crops slides for which OpenSlide gives bounds
-    (Leica SCN, MIRAX), and counts from the corner of the bounds. Where no origin is given, that is the meant one in
-    which some polygon touches the bounds, if no polygon does so in the other.
+    (Leica SCN, MIRAX), and counts from the corner of the bounds. If no origin is given, the origin with which some
+    polygon overlaps the bounds is taken, if no polygon does so with the other origin.
     """
     if origin is not None:
         return origin
@@ -38,8 +38,8 @@ def origin_of(outlines: list[NDArray[np.float64]], bounds: Bounds | None, origin
         return "slide" if slide else "bounds"
     x, y = bounds[:2]
     raise CallError(
-        f"{name} has polygons that lie {'in' if slide else 'outside'} the scanned part of the slide whether they count "
-        f"from the corner of the slide or from that of its bounds, which begin at ({x}, {y}): pass "
+        f"{name} has polygons that lie {'in' if slide else 'outside'} the scanned part of the slide, whether they "
+        f"count from the corner of the slide or from the corner of its bounds, which begin at ({x}, {y}): pass "
         "mask_origin='bounds' (--mask-origin bounds) for polygons of QuPath, which crops such slides to their bounds, "
         "or mask_origin='slide' for coordinates of OpenSlide or dfx."
     )
@@ -50,8 +50,8 @@ def on_slide(
 ) -> NDArray[np.bool_]:
     """Give a mask (rows, columns) of a slide or of its bounds as a mask of the slide.
 
-    Without an origin, it is the slide's, unless the mask has the shape of the bounds and not of the slide: raises
-    `CallError`.
+    Without an origin, it is taken as a mask of the slide. Raises `CallError` if it has the shape of the bounds and not
+    of the slide.
     """
     if bounds is None or bounds == (0, 0, *size_xy) or origin == "slide":
         return cells
@@ -68,14 +68,14 @@ def on_slide(
 
 
 def has_shape_of(cells: NDArray[np.bool_], size_xy: tuple[int, int]) -> bool:
-    """Whether a mask has an area's ratio of sides, but for rounding to whole cells."""
+    """Whether a mask has the aspect ratio of an area, except for rounding to whole cells."""
     rows, columns = cells.shape
     width, height = size_xy
     return bool(abs(columns * height / width - rows) <= 1 or abs(rows * width / height - columns) <= 1)
 
 
 def over_slide(cells: NDArray[np.bool_], bounds: Bounds, size_xy: tuple[int, int]) -> NDArray[np.bool_]:
-    """Place a mask of a slide's bounds on the whole slide; cells become no larger, so that each is there again."""
+    """Place a mask of a slide's bounds on the whole slide; cells become no larger, so that no cell is lost."""
     axes = list(zip(size_xy[::-1], bounds[1::-1], bounds[:1:-1], cells.shape, strict=True))
     shape = [math.ceil(whole * n / part) for whole, _, part, n in axes]
     if math.prod(shape) > MOST_PIXELS:

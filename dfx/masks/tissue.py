@@ -26,8 +26,8 @@ SMALLEST = 64
 LARGEST_HOLE = 1024
 """Cells of the largest hole that is filled: (256 µm)², a vessel or a gland, not the glass inside a ring."""
 DARK, BRIGHT, GLASS = 64, 112, 128
-"""Of 255: the brightest channel of most of a dark background is below the first, a quarter of a bright-field scan is
-above the second, and the darkest channel of glass is above the third."""
+"""Of 255. The brightest channel is below DARK in most of a dark background, and above BRIGHT in a quarter of a
+bright-field scan. The darkest channel of glass is above GLASS."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +96,8 @@ def ink(thumbnail: Thumbnail) -> NDArray[np.bool_]:
 def has_dark_background(thumbnail: Thumbnail) -> bool:
     """Whether a uint8 RGB thumbnail is mostly dark, as in fluorescence, where tissue is brighter than its surroundings.
 
-    Bright field in a black frame, by which some scanners fill what they skip, is not: within the frame are a few large
-    areas, which are bright, and are rectangles or have glass at their rims.
+    Bright field in a black frame, with which some scanners fill skipped areas, does not count: within the frame are a
+    few large areas that are bright, and that are rectangles or have glass at their rims.
     """
     value = thumbnail.max(axis=2)
     if (value >= DARK).mean() >= 0.5 or value.max() == value.min():

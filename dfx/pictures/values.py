@@ -21,9 +21,9 @@ SAMPLE = 20_000
 ROUNDS = 50
 """Of k-means, at most."""
 ATTEMPTS = 3
-"""Of k-means, of which the best counts."""
+"""Attempts of k-means, of which the best counts."""
 NOISE = 1e-9
-"""Of the largest feature: a component that spreads less shows the rounding of a constant."""
+"""Share of the largest feature: a component with a smaller spread shows only the rounding of a constant."""
 MOST_CLUSTERS = 20
 """As many as there are colours that can be told apart."""
 
@@ -37,7 +37,7 @@ class Values:
     values: NDArray[Any]
     """(N,): integers are labels, floats a measure."""
     drawn: NDArray[np.bool_]
-    """(N,): which patches have one."""
+    """(N,): which patches have a value."""
     chosen: int | None = None
     """The patch that others are compared with."""
 
@@ -45,7 +45,7 @@ class Values:
 def finite_rows(features: NDArray[Any]) -> NDArray[np.bool_]:
     """Find the rows of features (N, D) without NaN and infinity: bool (N,).
 
-    Raises `CallError` where there are rows and all of them have some.
+    Raises `CallError` if there are rows, and each of them has NaN or infinity.
     """
     parts = [np.isfinite(features[n : n + CHUNK]).all(axis=1) for n in range(0, len(features), CHUNK)]
     found = np.concatenate([np.zeros(0, bool), *parts])
@@ -76,8 +76,8 @@ def principal_colours(features: NDArray[Any]) -> Picture:
     """First three principal components of features (N, D) as uint8 colours (N, 3).
 
     Each component is stretched from its 2nd to its 98th percentile, and signed so that its largest
-    loading is positive: the same features give the same colours. Rows with NaN or infinity are left out, and black.
-    Raises `CallError` where all have some.
+    loading is positive: the same features give the same colours. Rows with NaN or infinity are left out, and are black.
+    Raises `CallError` if all rows have NaN or infinity.
     """
     finite = finite_rows(features)
     out = np.zeros((len(features), 3), np.uint8)
@@ -115,15 +115,15 @@ def unit(features: NDArray[Any]) -> NDArray[np.float32]:
 def similarity(features: NDArray[Any], row: int) -> NDArray[np.float32]:
     """Cosine similarity of each row of features (N, D) to one of them: float32 (N,), from -1 to 1.
 
-    Rows with NaN or infinity have NaN. Raises `CallError` where the chosen row has some, or is not there.
+    Rows with NaN or infinity give NaN. Raises `CallError` if the chosen row has NaN or infinity, or does not exist.
     """
     if not 0 <= row < len(features):
-        rows = f"rows go from 0 to {len(features) - 1}" if len(features) else "the slide has none"
+        rows = f"rows go from 0 to {len(features) - 1}" if len(features) else "the slide has no patches"
         raise CallError(f"there is no patch {row}: {rows}.")
     finite = finite_rows(features)
     if not finite[row]:
         other = finite.argmax()
-        raise CallError(f"patch {row} has features that are NaN or infinite: choose another, such as {other}.")
+        raise CallError(f"patch {row} has features that are NaN or infinite: choose another patch, such as {other}.")
     found = np.full(len(features), np.nan, np.float32)
     found[finite] = unit(features[finite]) @ unit(features[row : row + 1])[0]
     return found
@@ -138,7 +138,7 @@ def clusters(features: NDArray[Any], k: int) -> tuple[NDArray[np.intp], NDArray[
     finite = finite_rows(features)
     most = min(MOST_CLUSTERS, int(finite.sum()))
     if most < 2:
-        raise CallError(f"patches are grouped where there are at least 2 with finite features, not {most}.")
+        raise CallError(f"clusters need at least 2 patches with finite features, not {most}.")
     if isinstance(k, bool) or not isinstance(k, int) or not 2 <= k <= most:
         raise CallError(f"patches go into 2 to {most} clusters, not {k!r}.")
     rows = unit(features[finite])

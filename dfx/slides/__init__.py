@@ -31,11 +31,10 @@ def open_slide(
     truncated or of another kind; whole pictures are read later, tile by tile. `storage_options`: those
     of fsspec's file system, or a mapping of protocols ("s3") or URL prefixes ("s3://bucket/in") to such.
 
-    `backend`: "auto" has dfx read the TIFF family, and OpenSlide, where it is installed, the kinds of file that
-    dfx does not: DICOM, MIRAX, VMS, Sakura, Zeiss CZI, Ventana BIF and Trestle, whose tiles have to be stitched, and
-    all other local files whose vendor OpenSlide recognises while dfx does not know their kind, or can't say which of
-    several images is the slide. A TIFF that is damaged never goes from dfx to OpenSlide. `slide.backend` says which
-    it was.
+    `backend`: with "auto", dfx reads the TIFF family. OpenSlide, if it is installed, reads the kinds of file that dfx
+    does not read: DICOM, MIRAX, VMS, Sakura, Zeiss CZI, and Ventana BIF and Trestle, whose tiles have to be stitched.
+    It also reads other local files whose vendor it recognises, if dfx does not know their kind, or can't say which of
+    several images is the slide. A damaged TIFF is never passed from dfx to OpenSlide. `slide.backend` names the reader.
     """
     if not isinstance(url, str | Path):
         raise CallTypeError(f"a slide is given by its path (str or Path), not by {type(url).__name__}.")

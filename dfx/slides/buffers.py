@@ -1,4 +1,4 @@
-"""Memory that is used again, since fresh pages cost more than half of the reading speed; and its poisoning in tests."""
+"""Memory that is reused, since fresh pages cost more than half of the reading speed; and its poisoning in tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unwritten(array: Array) -> Array:
     Every pixel buffer that is reused or uninitialised passes through here when it is handed out. With
     ``DFX_POISON=1`` in the environment its bytes are overwritten by 0xA5 and 0x5A in turn, a pattern that
     no slide has. A pixel that is neither copied from a tile nor filled is then wrong in every run, and any
-    test that compares pixels fails; otherwise it would show what was read before, which is often right.
+    test that compares pixels fails; without poison it would show earlier pixels, which are often right.
     """
     if POISON:
         flat = array.reshape(-1).view(np.uint8)  # contiguous, so these are views

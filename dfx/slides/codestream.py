@@ -12,7 +12,8 @@ Statement: TypeAlias = Literal["rgb", "ycbcr"]
 END = b"\xff\xd9"
 """The end mark of both: JPEG's EOI, JPEG 2000's EOC."""
 _MARKER = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")
-"""A JPEG marker other than restart marks; FF 00 is a stuffed byte of the picture, and FF may be repeated before one."""
+"""A JPEG marker other than restart marks; FF 00 is a stuffed byte of the picture, and FF may be repeated before a
+marker."""
 _SOI, _EOI, _SOS, _APP0, _APP14, _TEM = 0xD8, 0xD9, 0xDA, 0xE0, 0xEE, 0x01
 FRAMES = {code for code in range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 """The JPEG markers of a frame's header."""
@@ -21,11 +22,11 @@ _SOD, _SOT, _SIZ, _COD = 0x93, 0x90, 0x51, 0x52
 
 
 class ColourConflict(Exception):
-    """Statements about a tile's colours that contradict each other, or that dfx can't honour."""
+    """Statements about a tile's colours that contradict each other, or that dfx can't follow."""
 
 
 def ends_with_mark(data: bytes) -> bool:
-    """Whether nothing but zeros and fill bytes FF follows a last end mark. Cheap, and true of nearly all tiles."""
+    """Whether data ends with an end mark, or with zeros and fill bytes FF after it. True for nearly all tiles."""
     return data.endswith(END) or data.rstrip(b"\0\xff").endswith(END)
 
 
@@ -53,13 +54,13 @@ class JpegHeader:
 
     @property
     def stated(self) -> Statement | None:
-        """Colours of three components as the stream itself states them; None where it says nothing.
+        """Colours of three components as the stream itself states them; None if it states nothing.
 
-        By markers, as libjpeg, Java's Image I/O and Pillow read them; without markers by identifiers "RGB", and
-        by subsampling, which only the colour difference of YCbCr has.
+        Markers decide, as in libjpeg, Java's Image I/O and Pillow. Without markers, the identifiers "RGB" decide, then
+        subsampling: only the colour differences of YCbCr are subsampled.
         """
         if self.jfif and self.adobe == 0:
-            raise ColourConflict("its JPEG stream is JFIF, so YCbCr, and RGB by its Adobe segment")
+            raise ColourConflict("its JPEG stream is YCbCr by its JFIF segment, and RGB by its Adobe segment")
         if self.adobe not in (None, 0, 1):
             raise ColourConflict(f"its JPEG stream has 3 components and Adobe's colour transform {self.adobe}")
         if self.jfif or self.adobe == 1:
@@ -104,15 +105,15 @@ def jpeg_header(data: bytes) -> JpegHeader:
 
 
 def jpeg_tables(data: bytes) -> bytes:
-    """Return the quantisation, Huffman and restart tables of an abbreviated stream, without all that surrounds them."""
+    """Return the quantisation, Huffman and restart tables of an abbreviated stream, without the other segments."""
     return b"".join(data[start - 4 : stop] for code, start, stop in jpeg_segments(data) if code in _TABLES)
 
 
 def is_whole_jpeg(data: bytes) -> bool:
-    """Whether a JPEG stream reaches its end mark; bytes behind that are no part of it.
+    """Whether a JPEG stream reaches its end mark; bytes after the mark are not part of the stream.
 
-    Where the last bytes are no end mark, the markers are followed: segments are skipped by their length, so that
-    marks inside a thumbnail don't count, and the picture's own data has only stuffed bytes and restart marks.
+    If the data does not end with an end mark, the markers are followed. Segments are skipped by their length, so that
+    marks inside a thumbnail don't count; the picture's own data has only stuffed bytes and restart marks.
     """
     if ends_with_mark(data):
         return True
@@ -140,7 +141,7 @@ class Jpeg2000Header:
     transformed: bool
     """Whether a multiple component transform was applied: decoding reverses it, which gives RGB."""
     enumerated: int | None
-    """The container's enumerated colour space: 16 sRGB, 17 grey, 18 sYCC; None where nothing is stated by number."""
+    """The container's enumerated colour space: 16 sRGB, 17 grey, 18 sYCC; None if it states no number."""
 
 
 def _boxes(data: bytes, at: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
@@ -198,10 +199,10 @@ def jpeg2000_header(data: bytes) -> Jpeg2000Header:
 
 
 def is_whole_jpeg2000(data: bytes) -> bool:
-    """Whether a JPEG 2000 codestream reaches its end mark; bytes behind that are no part of it.
+    """Whether a JPEG 2000 codestream reaches its end mark; bytes after the mark are not part of the codestream.
 
-    Where the last bytes are no end mark, tile-parts are followed by their length. The last may leave it open; its
-    packets have no such mark in them.
+    If the data does not end with an end mark, tile-parts are followed by their length. The last tile-part may leave its
+    length open; its packets contain no end mark.
     """
     if ends_with_mark(data):
         return True
@@ -237,7 +238,7 @@ def is_whole_jpegxr(data: bytes) -> bool:
 
 
 def zstd_frames(data: bytes) -> bytes:
-    """Return the frames that data begins with, without bytes behind them, which the decoder would refuse."""
+    """Return the frames at the start of data, without the bytes after them, which the decoder would refuse."""
     end = at = 0
     while data[at : at + 4] == b"\x28\xb5\x2f\xfd" and at + 4 < len(data):
         descriptor = data[at + 4]
@@ -248,7 +249,7 @@ def zstd_frames(data: bytes) -> bytes:
         while not last and at + 3 <= len(data):
             block = int.from_bytes(data[at : at + 3], "little")
             last, kind, size = bool(block & 1), block >> 1 & 3, block >> 3
-            at += 3 + (1 if kind == 1 else size)  # a run has one byte
+            at += 3 + (1 if kind == 1 else size)  # a run-length block has one byte
         at += 4 * (descriptor >> 2 & 1)
         if not last or at > len(data):
             break

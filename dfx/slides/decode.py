@@ -25,7 +25,7 @@ UNFRAMED: dict[int, Callable[..., bytes | bytearray]] = {5: imagecodecs.lzw_deco
 
 
 def colour_of(page: Any, pages: int) -> Colour:
-    """Return the meaning of a page's samples once decoded, "other" where they are no colours that dfx is sure of."""
+    """Return the meaning of a page's samples once decoded, "other" if dfx is not sure of their colours."""
     photometric, samples = int(page.photometric), page.samplesperpixel
     if photometric == 3:
         return "rgb" if is_palette(page) and pages == 1 else "other"
@@ -64,7 +64,7 @@ def decoder(page: Any, keyframe: Any, base: int) -> Decode:
 
 
 def tifffile_decoder(page: Any, keyframe: Any, base: int) -> Decode:
-    """Make the decoder of a page of any other compression, by tifffile's."""
+    """Make the decoder of a page with any other compression, from tifffile's decoder."""
     decode = keyframe.decode
     decode(None, 0)  # an unknown compression or layout is an error now, not at the first tile
     compression, layout = int(keyframe.compression), Layout.of(keyframe)
@@ -93,7 +93,7 @@ def samples_of(keyframe: Any) -> int:
 
 
 def joiner(page: Any) -> Callable[[list[NDArray[Any]]], NDArray[Any]] | None:
-    """Return what makes RGB of three planes that are YCbCr; None for other planes. Raises `SlideError`."""
+    """Return a function that converts three YCbCr planes to RGB; None for other planes. Raises `SlideError`."""
     if page.photometric != 6 or colour_of(page, 1) != "rgb":
         return None
     usual = {529: (0.299, 0.587, 0.114), 532: (0, 255, 128, 255, 128, 255)}
@@ -128,5 +128,5 @@ class Palette:
         """Look the indices (rows, columns, 1) up. Raises `ValueError` where the palette has no such entry."""
         indices = tile[..., 0].astype(np.uint8)  # of 1 bit they are bool
         if (highest := int(indices.max())) >= len(self.colours):
-            raise ValueError(f"it has colour {highest} of a palette of {len(self.colours)}")
+            raise ValueError(f"it has colour {highest}, but its palette has {len(self.colours)} colours")
         return np.asarray(self.colours[indices])

@@ -23,9 +23,9 @@ MOST_SAMPLES = 2**22
 
 
 def fill_from_finer(levels: Sequence[Level]) -> tuple[list[Level], tuple[str, ...]]:
-    """Return levels in which tiles that are missing, or cover a missing tile of the finer level, are drawn from it.
+    """Return levels, and notes. Tiles that are missing, or cover a missing tile of the finer level, are drawn from it.
 
-    The levels, finest first, have one part each. What the baseline lacks stays missing. Returns notes as well.
+    The given levels, finest first, have one part each. Tiles that the baseline lacks stay missing.
     """
     notes = []
     filled = [levels[0]]
@@ -49,9 +49,9 @@ def fill_from_finer(levels: Sequence[Level]) -> tuple[list[Level], tuple[str, ..
 def covering(
     gaps: NDArray[np.bool_], finer: TileGrid, coarser: TileGrid, factor_yx: tuple[float, float]
 ) -> NDArray[np.bool_]:
-    """Which tiles of a coarser level have pixels that lie on missing tiles of the finer level.
+    """Return which tiles of a coarser level have pixels that lie on missing tiles of the finer level, bool.
 
-    A pixel counts where its centre lies: with a factor of 4.0002, a tile covers nothing of its neighbours' tiles.
+    The centre of a pixel decides where it lies: with a factor of 4.0002, a tile covers no tiles of its neighbours.
     """
     for axis, (count, factor) in enumerate(zip(coarser.present.shape, factor_yx, strict=True)):
         edges = np.minimum(np.arange(gaps.shape[axis] + 1) * finer.tile_yx[axis], finer.shape_yx[axis])
@@ -94,14 +94,14 @@ class DownsampledTiles(TileGrid):
         return 16 * MOST_SAMPLES + max(part.working_bytes for part in self.finer.parts)
 
     def edges(self, row: int, column: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Where the rows and columns of a tile's pixels begin and end on the finer level."""
+        """Return where the rows and columns of a tile's pixels begin and end on the finer level."""
         (rows, columns), (height, width) = self.extent(row, column), self.tile_yx
         y, x = row * height + self.origin_yx[0], column * width + self.origin_yx[1]
         ys, xs = np.arange(y, y + rows + 1, dtype=np.float64), np.arange(x, x + columns + 1, dtype=np.float64)
         return ys * self.factor_yx[0], xs * self.factor_yx[1]
 
     def pieces(self, row: int, column: int) -> list[tuple[int, int]]:
-        """Where the bytes of the finer level's tiles lie."""
+        """Return where the bytes of the finer level's tiles lie."""
         boxes = np.array([box_between(*self.edges(row, column))])
         return [piece for part in self.finer.parts for at in part.touching(boxes) for piece in part.pieces(*at)]
 
@@ -128,11 +128,11 @@ class DownsampledTiles(TileGrid):
             for row, column in part.touching(np.array([box])):
                 at = part.origin_yx[0] + row * part.tile_yx[0] - y0, part.origin_yx[1] + column * part.tile_yx[1] - x0
                 paste(canvas, finer.decode(source, self.number, part, row, column, scratch=True), at)
-        if finer.colour == "rgba":  # colours under different alphas have no average; laid over white, they have
+        if finer.colour == "rgba":  # colours with different alphas can't be averaged unless laid over white
             canvas[..., :3], canvas[..., 3] = as_rgb(canvas, finer.colour), 255
         return canvas
 
 
 def box_between(ys: NDArray[np.float64], xs: NDArray[np.float64]) -> tuple[int, int, int, int]:
-    """Return the pixels (y0, x0, y1, x1) that hold all of some edges."""
+    """Return the box of pixels (y0, x0, y1, x1) that holds all edges."""
     return int(ys[0]), int(xs[0]), int(np.ceil(ys[-1])), int(np.ceil(xs[-1]))

@@ -1,6 +1,6 @@
-"""By how much a level is smaller than the baseline along each axis, and whether it can be its level. Pure arithmetic.
+"""Factors of a level along each axis, and whether an image can be a level of the baseline. Pure arithmetic.
 
-The sizes of an image alone do not say it: a level may have lost odd rows, or may be padded to whole tiles.
+The sizes of images alone do not give the factors: a level may have lost odd rows, or may be padded to whole tiles.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dfx.slides.vendors import plausible
 Pair: TypeAlias = tuple[float, float]
 
 TILES_OF_PADDING = 2
-"""A level is padded by less than so many tiles: its finer neighbour's padding, halved, and its own."""
+"""A level is padded by less than this number of tiles: its own padding, and half of its finer neighbour's padding."""
 IMPRECISE = 0.02
-"""Share by which a pixel's size may be off that a file says in few digits."""
+"""Relative error of a pixel size that a file states in few digits."""
 ROUNDED = 1e-6
-"""Pixels by which floating point may be off."""
+"""Error of floating point, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Image:
 
 
 def said_downsample(whole: Image, level: Image) -> Pair | None:
-    """Return the factors by the sizes of a pixel; None where they are not known, or no slide has such (72 dpi)."""
+    """Return the ratios of pixel sizes; None if the sizes are not known, or if no slide has such sizes (72 dpi)."""
     if whole.pixel_xy is None or level.pixel_xy is None or plausible(*whole.pixel_xy) is None:
         return None
     return level.pixel_xy[0] / whole.pixel_xy[0], level.pixel_xy[1] / whole.pixel_xy[1]
@@ -49,7 +49,7 @@ def agrees(whole: Image, level: Image) -> bool:
 def contradicts(whole: Image, level: Image, *, marked: bool) -> bool:
     """Return whether the sizes of pixels say that one image is no smaller version of the other.
 
-    Writers copy the baseline's resolution to its levels: where these are `marked` as such, that contradicts nothing.
+    Some writers copy the baseline's resolution to its levels: for a level that is `marked`, that is no contradiction.
     """
     said = said_downsample(whole, level)
     if said is None or level.pixel_xy is None or agrees(whole, level):
@@ -59,12 +59,15 @@ def contradicts(whole: Image, level: Image, *, marked: bool) -> bool:
 
 
 def downsample_xy(whole: Image, level: Image) -> Pair | None:
-    """Return how many pixels of the baseline a pixel of a level has along x and y; None where it is doubtful.
+    """Return the baseline pixels per pixel of a level along x and y; None if they are doubtful.
 
-    In this order: a whole factor that gives the level's size on both axes, however it was rounded, unless the
-    file says that the level is padded to whole tiles; the factors that the file says, where a padded level
-    of them has that size; the ratio of the sizes, where both axes have the same but for rounding and no whole factor
-    explains them by padding.
+    The first of these that applies:
+
+    - a whole factor that gives the level's size on both axes, with any rounding, unless the file says that the level is
+      padded to whole tiles;
+    - the factors that the file states, if a padded level with these factors has that size;
+    - the ratio of the sizes, if it is the same on both axes except for rounding, and no whole factor explains the sizes
+      by padding.
     """
     whole_factor = _whole_factor(whole, level)
     said = said_downsample(whole, level)
@@ -91,7 +94,7 @@ def ratio(whole_xy: tuple[int, int], level_xy: tuple[int, int]) -> Pair:
 
 
 def used_size(whole_xy: tuple[int, int], stored_xy: tuple[int, int], downsample: Pair) -> tuple[int, int]:
-    """Return the width and height of a level that lie on the slide; what is stored beyond them is padding."""
+    """Return the width and height of a level that lie on the slide; pixels beyond them are padding."""
     x, y = (
         stored if stored < whole / factor + 1 - ROUNDED else max(1, math.floor(whole / factor + ROUNDED))
         for whole, stored, factor in zip(whole_xy, stored_xy, downsample, strict=True)
@@ -100,7 +103,7 @@ def used_size(whole_xy: tuple[int, int], stored_xy: tuple[int, int], downsample:
 
 
 def _rounds(whole: int, level: int, factor: float) -> bool:
-    """Return whether a size divided by a factor is another's, rounded down, up or to the nearest."""
+    """Return whether a size divided by a factor gives a level's size, rounded down, up or to the nearest."""
     return abs(whole / factor - level) < 1 - ROUNDED
 
 
@@ -114,7 +117,7 @@ def _fits(whole: Image, level: Image, factors: Pair) -> bool:
 
 
 def _neat(factor: float) -> float:
-    """Return the power of two or the whole number that a factor of few digits stands for."""
+    """Return the power of two or the whole number near a factor of few digits, else the factor."""
     power = 2.0 ** round(math.log2(factor))
     if abs(factor / power - 1) < IMPRECISE:
         return power
@@ -135,7 +138,7 @@ def _whole_factor(whole: Image, level: Image) -> float | None:
 
 
 def _along(whole: int, level: int, said: float) -> float:
-    """Return the factor along an axis that the file says, in few digits or exactly, and the sizes allow."""
+    """Return the stated factor along an axis, neat or exact, if the sizes allow it; else the ratio of the sizes."""
     neat = _neat(said)
     if whole / neat - level < 1 - ROUNDED:
         return neat
@@ -145,7 +148,7 @@ def _along(whole: int, level: int, said: float) -> float:
 def _may_be_padded(whole: Image, level: Image, *, in_tiles: bool = False) -> bool:
     """Return whether a whole factor explains both axes by a size that is padded to whole tiles.
 
-    With `in_tiles`, only where both are whole tiles and the factor is a power of two.
+    With `in_tiles`, only if both sizes are whole tiles and the factor is a power of two.
     """
     tiles = level.tile_xy
     if tiles is None or (in_tiles and any(n % tile for n, tile in zip(level.size_xy, tiles, strict=True))):
@@ -153,7 +156,7 @@ def _may_be_padded(whole: Image, level: Image, *, in_tiles: bool = False) -> boo
     low, high = 1.0, math.inf
     for w, n, tile in zip(whole.size_xy, level.size_xy, tiles, strict=True):
         least, most = w / (n + 1), (w / (n - 1) if n > 1 else math.inf)
-        if n % tile == 0:  # else its size is what rounding left
+        if n % tile == 0:  # else its size is only rounded
             most = w / (n - tile) if n > tile else math.inf
         low, high = max(low, least), min(high, most)
     next_whole = math.floor(low) + 1

@@ -69,7 +69,7 @@ class RemoteFile:
         return [pieces[one].bytes(one[1]) for one in ranges]
 
     def sample(self, ranges: Sequence[Range]) -> list[bytes]:
-        """Give the bytes of ranges far apart, all fetched at once; of no use for what is read next."""
+        """Give the bytes of ranges that lie far apart, fetched together; later reads do not reuse them."""
         pieces = self._fetch(ranges)
         return [pieces[one].bytes(one[1]) for one in ranges]
 
@@ -181,7 +181,7 @@ def merged(ranges: Sequence[Range]) -> list[Range]:
 
 
 def version(said: Mapping[str, Any]) -> str:
-    """Tell a file from the one of the same address that was there before."""
+    """Give the server's version of a file, which changes when the file is replaced; "" if there is no version."""
     return next((f"{name}:{said[name]}" for name in VERSION if said.get(name)), "")
 
 

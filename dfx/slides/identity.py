@@ -1,4 +1,4 @@
-"""A slide's content in one line: equal for a copy of it, whatever its path and time stamps."""
+"""The identity of a slide's content as a short text: copies have the same, whatever their paths and time stamps."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ OF_PIXELS = 128
 OF_FILE = 16
 """Samples of a file whose tiles dfx does not know."""
 OVERVIEW = 256 * 1024
-"""Bytes of the coarsest level up to which it is taken whole: it shows every part of the slide."""
+"""The coarsest level is taken whole if it has at most this number of bytes: it shows every part of the slide."""
 WHOLE = 64 * 2**20
-"""Bytes of a file up to which all of it is read for a checksum."""
+"""A file is read whole for a checksum if it has at most this number of bytes."""
 
 
 def identity(source: ByteSource, levels: Sequence[Level] = ()) -> str:
-    """Name a file's content: "size-ends-inside", where the last two are digests (SHA-256, 128 bits).
+    """Name a file's content: "size-ends-inside", where `ends` and `inside` are digests (SHA-256, 128 bits).
 
-    `ends` is that of the first and last 64 KiB. `inside` is that of where the tiles of every level lie, and of
-    samples between: one of each level whose tiles are compressed, 128 over those that are not, and the
-    coarsest level whole where it has at most 256 KiB. Of a file without `levels` it is that of 16 samples. A remote
-    file gives them in one request for many ranges, less than 1 MiB in all.
+    `ends` is the digest of the first and last 64 KiB. `inside` is the digest of the positions and sizes of all tiles,
+    and of samples: one sample of each level whose tiles are compressed, 128 samples over the levels that are not
+    compressed, and the whole coarsest level if it has at most 256 KiB. Without `levels` it is the digest of 16 samples.
+    The samples of a remote file are fetched together, less than 1 MiB in all.
 
-    A change that leaves all of this as it is goes unnoticed: other pixels in a few tiles, of the same number of bytes,
+    A change that affects none of these bytes is not detected: other pixels in a few tiles, of the same number of bytes,
     that neither a sample nor the coarsest level shows. Therefore a store also keeps the time at which the file was
-    written (of an object: its ETag) and its `checksum`; a run that goes on from a store after the file was written
-    anew compares the checksums, and warns where there are none.
+    written (for an object: its ETag) and its `checksum`. If the file was written again before a run resumes the store,
+    the run compares the checksums, and warns if the store has no checksum.
     """
     ends = [(0, min(PROBE, source.size)), (max(0, source.size - PROBE), min(PROBE, source.size))]
     inside = hashlib.sha256()
@@ -64,14 +64,14 @@ def identity(source: ByteSource, levels: Sequence[Level] = ()) -> str:
 
 
 def checksum(source: ByteSource) -> str:
-    """Give the SHA-256 of a whole local file of at most 64 MiB; "" of any other, which would take too long to read."""
+    """Give the SHA-256 of a whole local file of at most 64 MiB; "" for other files, which take too long to read."""
     if not isinstance(source, LocalFile) or source.size > WHOLE:
         return ""
     return hashlib.sha256(source.read([(0, source.size)])[0]).hexdigest()
 
 
 def is_raw(level: Level) -> bool:
-    """Whether a level's tiles are not compressed, so that they have one size whatever they show."""
+    """Whether a level's tiles are not compressed, so that all have the same size, whatever they show."""
     return level.codec == "none"
 
 
@@ -90,10 +90,10 @@ def spread(offsets: NDArray[Any], counts: NDArray[Any], n: int, size: int) -> li
 
 
 def older(identity: str) -> str:
-    """Give the identity that dfx 0.1 had for the same file: all but the last part."""
+    """Give the identity that dfx 0.1 gave to the same file: all but the last part."""
     return identity.rpartition("-")[0]
 
 
 def is_same(stored: object, identity: str) -> bool:
-    """Whether an identity that a store has, of this or an older version of dfx, is that of a slide."""
+    """Whether the identity in a store, written by this or an older version of dfx, is a slide's identity."""
     return stored in (identity, older(identity))

@@ -36,13 +36,13 @@ class JpegTiles:
     | Adobe's segment with transform 0 | RGB, whatever the tag says |
     | neither, but identifiers "R", "G", "B" | RGB |
     | neither, and subsampled components | YCbCr |
-    | nothing of that | what the tag says (Aperio and libtiff write tiles so) |
+    | none of these | as the tag says (Aperio and libtiff write such tiles) |
     | one component | grey |
     | JFIF and Adobe's transform 0; Adobe's transform 2; another number of components | refused |
 
-    Each tile is looked at, since tiles of several kinds may be in one page and the first may be missing. Segments of
-    the shared tables (tag 347) state nothing, as for other readers. Conversion is JFIF's (ITU-T T.871), whatever
-    YCbCrCoefficients and ReferenceBlackWhite say, as in libjpeg and all that uses it.
+    Each tile is examined, since one page may have tiles of several kinds, and its first tile may be missing. Segments
+    of the shared tables (tag 347) say nothing about colours, as in other readers. Conversion follows JFIF (ITU-T
+    T.871), whatever YCbCrCoefficients and ReferenceBlackWhite say, as in libjpeg and the software that uses it.
     """
 
     def __init__(self, layout: Layout, photometric: int, tables: bytes | None) -> None:
@@ -65,7 +65,7 @@ class JpegTiles:
         return self.colours and self._layout.tiled and self._layout.dtype == np.uint8
 
     def header(self, data: bytes) -> JpegHeader:
-        """Parse a tile's header, which is nearly always that of the last tile."""
+        """Parse a tile's header, which is nearly always equal to the last tile's header."""
         last = self._last
         if not data.startswith(last.raw):
             last = self._last = jpeg_header(data)
@@ -109,8 +109,8 @@ class JpegTiles:
         """Decode a tile to a half, quarter or eighth of its rows and columns, in the cosine domain.
 
         Each 8 x 8 block is transformed back from its low frequencies alone (libjpeg-turbo's scaling):
-        close to the average of areas, and not the same. Returns None where that can't be done: the tile has
-        another size than the page's, it is damaged, or libjpeg-turbo can't scale it. Decoding it whole tells.
+        close to the average of areas, but not the same. Returns None if that can't be done: the tile has another size
+        than the page's tiles, it is damaged, or libjpeg-turbo can't scale it. Decoding it whole then gives the error.
         """
         import simplejpeg
 
@@ -125,7 +125,7 @@ class JpegTiles:
             out: NDArray[np.uint8] = simplejpeg.decode_jpeg(
                 stream, "RGB", min_height=rows // by, min_width=columns // by, min_factor=by
             )
-        except (ValueError, ColourConflict):  # decoding the whole tile tells
+        except (ValueError, ColourConflict):  # decoding the whole tile gives the error
             return None
         return out if out.shape == (rows // by, columns // by, 3) else None
 

@@ -23,7 +23,7 @@ class Jpeg2000Tiles:
     """The tiles or strips of a page, each a codestream or JP2 file of its own. Safe in threads.
 
     Three 8-bit samples become RGB. The codestream, the container around it, the tag (PhotometricInterpretation) and
-    the vendor decide together, for each tile. The first row that fits holds. "Transform" is the multiple component
+    the vendor decide together, for each tile. The first row that fits decides. "Transform" is the multiple component
     transform of the codestream's COD segment: the encoder made YCbCr of RGB, and the decoder makes RGB again.
 
     | transform | container's colour space | components | compression, vendor | tag | colours |
@@ -49,7 +49,7 @@ class Jpeg2000Tiles:
     compression: int
     photometric: int
     aperio: bool
-    """Whether the vendor is Aperio, or Huron, which took this over."""
+    """Whether the vendor is Aperio, or Huron, which writes the same."""
 
     @classmethod
     def of(cls, keyframe: Any) -> Jpeg2000Tiles | None:
@@ -77,7 +77,7 @@ class Jpeg2000Tiles:
         if header.enumerated not in (None, 16, 18):
             raise ColourConflict(f"its JP2 container states colour space {header.enumerated}, not sRGB or sYCC")
         if srgb and header.subsampled:
-            raise ColourConflict("its JP2 container states sRGB, and its components are subsampled as of YCbCr")
+            raise ColourConflict("its JP2 container states sRGB, and its components are subsampled, as only in YCbCr")
         if header.enumerated == 18 or header.subsampled:  # imagecodecs converts these
             return False
         if ycbcr and (header.transformed or srgb):

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Layout:
-    """What each tile or strip of one plane of a page decodes to."""
+    """Shape and data type of each decoded tile or strip of one plane of a page."""
 
     rows: int
     columns: int
     samples: int
-    """Samples per pixel, of the plane where a page has several."""
+    """Samples per pixel; of one plane, if a page has several planes."""
     dtype: np.dtype[Any]
     tiled: bool
 
@@ -34,9 +34,9 @@ class Layout:
         return self.rows, self.columns, self.samples
 
     def checked(self, tile: NDArray[Any]) -> NDArray[Any]:
-        """Return a decoded tile as (rows, columns, samples); raises `ValueError` where it is none of this page's.
+        """Return a decoded tile as (rows, columns, samples); raises `ValueError` if it does not fit the page.
 
-        A tile on the border may have only the pixels of the image, and the last strip more rows than that.
+        A tile on the border may have only the pixels of the image. The last strip may have more rows than the image.
         """
         tile = tile if tile.ndim == 3 else tile[..., None]
         rows, columns, samples = tile.shape

@@ -13,7 +13,7 @@ from dfx.slides.level import Level
 from dfx.slides.pyramid import make_level, tile_grid
 
 MOST_OFF = 2.0
-"""Pixels by which the size of an area may differ from its pixels times their size."""
+"""Pixels by which the size of an area may differ from its number of pixels times the size of a pixel."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Area:
         return (x / w, y / h), ((x + width) / w, (y + height) / h)
 
     def by_downsample(self) -> dict[Pair, tuple[int, int, int]]:
-        """Return its levels by how much they are smaller than the finest one."""
+        """Return its levels by their factors to its finest level."""
         whole = Image(self.levels[0][1:])
         found: dict[Pair, tuple[int, int, int]] = {(1.0, 1.0): self.levels[0]}
         for level in self.levels[1:]:
@@ -54,7 +54,7 @@ class Area:
 def read_areas(xml: str) -> tuple[Pair, list[Area], tuple[str, ...]]:
     """Return the size of the glass in nm, the areas of the strongest objective, and notes.
 
-    An image of the whole glass is left out, where it is not the only one.
+    An image of the whole glass is left out, unless it is the only image.
     """
     root = vendors.parse(xml, "Leica SCN XML")
     collection = vendors.first(root, "collection")
@@ -105,8 +105,8 @@ def leica_levels(tif: Any, glass_nm: Pair, areas: list[Area]) -> tuple[list[Leve
         if max(off) > MOST_OFF:
             a, b = area.pixel_nm
             raise SlideError(
-                f"it has areas of different resolution: pixels of {w:g} x {h:g} nm and of {a:g} x {b:g} nm "
-                "by its XML, which make no common baseline: export each area as a slide of its own"
+                f"it has areas of different resolution, pixels of {w:g} x {h:g} nm and of {a:g} x {b:g} nm "
+                "by its XML, so they have no common baseline: export each area as a slide of its own"
             )
     whole = round(glass_nm[1] / h), round(glass_nm[0] / w)
     notes = placed_notes(areas, nm, whole)
@@ -133,7 +133,7 @@ def leica_levels(tif: Any, glass_nm: Pair, areas: list[Area]) -> tuple[list[Leve
 
 
 def placed_notes(areas: list[Area], pixel_nm: Pair, whole_yx: tuple[int, int]) -> tuple[str, ...]:
-    """Say how areas lie on the glass; raise `SlideError` where one does not lie there at all."""
+    """Describe how areas lie on the glass; raises `SlideError` if an area does not lie there at all."""
     notes = [f"{len(areas)} areas on the glass; between them is white"] if len(areas) > 1 else []
     places = [area.place(pixel_nm) for area in areas]
     for (x0, y0), (x1, y1) in places:

@@ -54,7 +54,7 @@ class TileGrid(ABC):
 
     @property
     def working_bytes(self) -> int:
-        """Bytes that `tile` takes at once, beside what is stored of a tile and what is decoded of it."""
+        """Bytes that `tile` takes at once, besides the stored tile and the decoded tile."""
         return 0
 
     @abstractmethod
@@ -81,7 +81,7 @@ class TileGrid(ABC):
         return np.minimum(self.shape_yx, np.multiply(self.present.shape, self.tile_yx)).astype(np.int64)
 
     def _cells(self, boxes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which rows and columns of tiles each box touches, int (N, 4) as (r0, c0, r1, c1); empty where it has none."""
+        """Return the rows and columns of tiles that each box touches, int (N, 4) as (r0, c0, r1, c1), maybe empty."""
         local = boxes - np.tile(self.origin_yx, 2)
         start, stop = np.maximum(local[:, :2], 0), np.minimum(local[:, 2:], self._end_yx)
         low = start // self.tile_yx
@@ -110,7 +110,7 @@ class TileGrid(ABC):
     def covers(self, boxes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each box lies within the rectangle, and every tile that it touches is present; bool (N,).
 
-        So each pixel of such a box is copied from a tile: `touching` gives the tiles by the same numbers.
+        So each pixel of such a box is copied from a tile: `touching` uses the same arithmetic.
         """
         local = boxes - np.tile(self.origin_yx, 2)
         inside = (local[:, :2] >= 0).all(axis=1) & (local[:, 2:] <= self._end_yx).all(axis=1)
@@ -154,8 +154,8 @@ class StoredTiles(TileGrid):
     decoders: tuple[Decode, ...]
     """One a plane."""
     shrunk: Callable[[bytes, int], NDArray[np.uint8] | None] | None = None
-    """Decodes a tile at a half, quarter or eighth of its size (see `JpegTiles`), or returns None where this tile is
-    to be decoded whole; None: no tile of the page can be."""
+    """Decodes a tile at a half, quarter or eighth of its size (see `JpegTiles`), or returns None if this tile must be
+    decoded whole; None: no tile of the page can be shrunk."""
     joined: Callable[[list[NDArray[Any]]], NDArray[Any]] | None = None
     """Makes colours of the planes of a tile; None: planes are the channels."""
 
@@ -210,7 +210,7 @@ class StoredTiles(TileGrid):
 
 
 def conflict(name: str, reason: object) -> SlideError:
-    """Return the error of a tile whose colours are not known; it is no damaged tile, to be left out or filled."""
+    """Return the error for a tile with unknown colours; it is not a damaged tile, which may be filled."""
     return SlideError(f"The colours of {name} are not known: {reason}. Export it again as RGB, or as plain JPEG.")
 
 
@@ -225,7 +225,8 @@ class Level:
     dtype: np.dtype[Any]
     """Data type as the file has it."""
     downsample: float
-    """Baseline pixels per pixel, the mean ratio of both axes' sizes: TIAToolbox's, by which positions are rounded."""
+    """Baseline pixels per pixel: the mean of both axes' size ratios, as TIAToolbox has it. Positions are rounded by
+    it."""
     codec: str
     """How tiles are compressed."""
     colour: Colour
@@ -233,7 +234,7 @@ class Level:
     parts: tuple[TileGrid, ...] = field(repr=False)
     """The rectangles of tiles that make up the level."""
     downsample_xy: tuple[float, float] | None = None
-    """Baseline pixels per pixel along x and y, by which the level's pixels lie on the baseline; None: `downsample`."""
+    """Baseline pixels per pixel along x and y, which place the level's pixels on the baseline; None: `downsample`."""
 
     @property
     def dimensions(self) -> tuple[int, int]:

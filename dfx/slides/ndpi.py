@@ -32,7 +32,7 @@ Shape = tuple[int, int]
 
 
 def has_long_pointers(source: ByteSource) -> bool:
-    """Whether a file is an NDPI file of more than 4 GiB: a classic TIFF with 64-bit pointers. Its name is no evidence.
+    """Whether a file is an NDPI file of more than 4 GiB: a classic TIFF with 64-bit pointers. Its name does not count.
 
     In a smaller NDPI file the upper halves of pointers are 0, so that it reads like any other classic TIFF.
     """
@@ -98,7 +98,7 @@ def z_offset(page: Any) -> int:
 
 
 def nearest_plane(pages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
-    """Give the pages of the focal plane nearest to 0, of those that have the baseline, and a note where it is a choice.
+    """Give the pages of the focal plane nearest to 0 among those with the baseline, and a note if there are several.
 
     Levels of two planes are never mixed: patches of two resolutions would show different depths.
     """
@@ -116,11 +116,11 @@ def nearest_plane(pages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class LevelJpeg:
-    """The JPEG of a level, by its header: up to the first byte of its compressed data."""
+    """The header of a level's JPEG: up to the first byte of its compressed data."""
 
     data: bytes
     size_at: int
-    """Where the size is in `data`: rows and columns, 16 bits each."""
+    """Position of the size in `data`: rows and columns, 16 bits each."""
     size_yx: Shape
     mcu_yx: Shape
     """Rows and columns of pixels of the smallest unit that is coded."""
@@ -128,7 +128,7 @@ class LevelJpeg:
     sequential: bool
     """Whether it is coded from top to bottom in a single scan, so that a part of it can be decoded."""
     interval: int
-    """Units between two restart markers; 0: it has none."""
+    """Units between two restart markers; 0: there are no markers."""
 
     @classmethod
     def read(cls, source: ByteSource, offset: int, count: int) -> LevelJpeg:
@@ -173,7 +173,7 @@ class LevelJpeg:
         return self.data[: self.size_at] + struct.pack(">HH", *shape) + self.data[self.size_at + 4 :]
 
     def decode(self, shape: Shape, body: bytes) -> NDArray[np.uint8]:
-        """Decode compressed data without its end mark to `shape`, in colours as OpenSlide's: by libjpeg's rules."""
+        """Decode compressed data without its end mark to `shape`; colours follow libjpeg's rules, as in OpenSlide."""
         out: NDArray[np.uint8] = imagecodecs.jpeg8_decode(
             self.resized(shape) + body + b"\xff\xd9", outcolorspace=2 if self.components == 3 else None
         )
@@ -193,7 +193,7 @@ def read_level(page: Any, source: ByteSource) -> tuple[Shape, StoredTiles, str |
         )
     offset, count = int(offsets[0]), int(counts[0])
     header = LevelJpeg.read(source, offset, count)
-    # The JPEG is what is decoded, so its size holds; scanners write another one to the tags of small levels.
+    # The JPEG is decoded, so its own size holds; scanners write another size to the tags of small levels.
     shape = header.size_yx if all(header.size_yx) and max(tagged) <= LONGEST_SIDE else tagged
     cut = Cut.of(header, shape)
     starts, fault = mcu_starts(page, len(header.data), count, cut.rows * cut.columns) if cut else (None, None)
@@ -205,7 +205,7 @@ def read_level(page: Any, source: ByteSource) -> tuple[Shape, StoredTiles, str |
     if max(shape) > LONGEST_SIDE or shape[0] * shape[1] * header.components > MOST_TILE_BYTES:
         raise SlideError(
             f"its level of {shape[1]} x {shape[0]} pixels is one JPEG that {fault or 'has no usable restart markers'}, "
-            "too large to read whole: convert it to a tiled pyramid (e.g. vips tiffsave --tile --pyramid)"
+            "and it is too large to read whole: convert it to a tiled pyramid (e.g. vips tiffsave --tile --pyramid)"
         )
     note = f"the level of {shape[1]} x {shape[0]} pixels is read whole: its JPEG {fault}" if fault else None
     where, sizes = (np.array(value, np.int64).reshape(1, 1, 1) for value in (offset, count))
@@ -213,7 +213,7 @@ def read_level(page: Any, source: ByteSource) -> tuple[Shape, StoredTiles, str |
 
 
 def mcu_starts(page: Any, first: int, count: int, tiles: int) -> tuple[NDArray[np.int64] | None, str | None]:
-    """Give where tiles begin in a level's JPEG of `count` bytes, or None, and what is wrong with the list."""
+    """Give the positions of tiles in a level's JPEG of `count` bytes, or None, and the fault of the list, or None."""
     low, high = page.tags.valueof(MCU_STARTS), page.tags.valueof(MCU_STARTS_HIGH)
     if low is None:
         return None, None
@@ -222,7 +222,7 @@ def mcu_starts(page: Any, first: int, count: int, tiles: int) -> tuple[NDArray[n
     starts = np.array(low, np.int64)
     if high is not None:
         starts += np.array(high, np.int64) << 32
-    starts[0] = first  # that of the compressed data, which the header says
+    starts[0] = first  # the compressed data begins here, as the header says
     if (np.diff(starts) < 3).any() or starts[-1] >= count:
         return None, "has a list of restart markers (McuStarts, tag 65426) that is not in order, or runs past its end"
     return starts, None
@@ -230,7 +230,7 @@ def mcu_starts(page: Any, first: int, count: int, tiles: int) -> tuple[NDArray[n
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """How restart markers divide a JPEG into equal tiles, and the decoder of these."""
+    """The division of a JPEG into equal tiles by restart markers, and the decoder of these tiles."""
 
     header: LevelJpeg
     rows: int
@@ -241,7 +241,7 @@ class Cut:
 
     @classmethod
     def of(cls, header: LevelJpeg, shape: Shape) -> Cut | None:
-        """Divide a JPEG of a size; None where restart markers are missing or make no rectangles."""
+        """Divide a JPEG of a size; None if restart markers are missing or do not make rectangles."""
         down, across = (-(-size // unit) for size, unit in zip(shape, header.mcu_yx, strict=True))
         interval = header.interval
         if not interval or not header.sequential or (across % interval and interval % across):
@@ -253,7 +253,7 @@ class Cut:
         return cls(header, rows, across // wide, (deep * unit_y, wide * unit_x), last)
 
     def __call__(self, data: bytes, index: int, *, scratch: bool) -> NDArray[np.uint8]:
-        """Decode a tile between the restart markers that count it (they go from 0 to 7 and begin again)."""
+        """Decode a tile between its two restart markers (their numbers go from 0 to 7 and begin again)."""
         start, end = 0, len(data) - 2
         last = self.rows * self.columns - 1
         if index:
@@ -268,7 +268,7 @@ class Cut:
                 raise ValueError("it is cut short")
         body = data[start:end]
         if RESTART.search(body):
-            raise ValueError("a restart marker is inside it, where McuStarts names none")
+            raise ValueError("a restart marker is inside it, which McuStarts does not list")
         height = self.last_rows if index // self.columns == self.rows - 1 else self.tile_yx[0]
         return self.header.decode((height, self.tile_yx[1]), body)
 

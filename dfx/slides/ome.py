@@ -92,13 +92,13 @@ def children(element: ET.Element, *names: str) -> Iterator[ET.Element]:
 
 
 def reference(block: ET.Element) -> tuple[str, str] | None:
-    """Give the UUID and the name of the file that a `TiffData` is about; None: this file."""
+    """Give the UUID and the name of the file to which a `TiffData` refers; None: this file."""
     uuid = next(children(block, "UUID"), None)
     return None if uuid is None else ((uuid.text or "").strip(), uuid.get("FileName", ""))
 
 
 def own_file(root: ET.Element, blocks: Iterable[ET.Element], url: str) -> set[tuple[str, str] | None]:
-    """Give the references that mean the opened file: by its UUID, else by its name; both where one is not enough."""
+    """Give the references that mean the opened file: by its UUID, else by its name; by both if several match."""
     files = {file for block in blocks if (file := reference(block)) is not None}
     names = {Path(name).name.lower() for name in (url, url.partition("?")[0], unquote(url.partition("?")[0]))}
     named = {file for file in files if Path(file[1]).name.lower() in names}
@@ -107,7 +107,7 @@ def own_file(root: ET.Element, blocks: Iterable[ET.Element], url: str) -> set[tu
     if len(own) > 1:
         own &= named
     if not own and len(files) == 1 and not uuid:
-        own = files  # all planes lie in one file, and this one holds the XML: it was renamed
+        own = files  # all planes lie in one file, and this file holds the XML: it was renamed
     return {None, *own}
 
 
@@ -126,7 +126,7 @@ def place(image: Image, tif: Any, own: set[tuple[str, str] | None]) -> None:
     for block, first in mine:
         start = [whole(block, f"First{axis}", 0) for axis in order]
         if any(at >= size for at, size in zip(start, sizes, strict=True)):
-            continue  # no plane of this image: ImageJ leaves such after cropping, other writers count samples as planes
+            continue  # not of this image: ImageJ leaves such blocks after cropping, others count samples as planes
         count = whole(block, "PlaneCount", whole(block, "NumPlanes", 1 if "IFD" in block.attrib else len(tif.pages)))
         number = start[0] + sizes[0] * (start[1] + sizes[1] * start[2])
         count = min(count, len(tif.pages) - first, math.prod(sizes) - number)
@@ -161,14 +161,14 @@ def slide_image(images: list[Image], tif: Any) -> tuple[Image, list[Image], tupl
     lost = [image.size_xy for image in images if math.prod(image.size_xy) > width * height]
     if described and lost:
         raise SlideError(
-            f"its OME-XML describes an image of {lost[0][0]} x {lost[0][1]} pixels, and the page that it names "
-            f"has not this size: the largest is {width} x {height}. Export it again"
+            f"its OME-XML describes an image of {lost[0][0]} x {lost[0][1]} pixels, but the page that it names "
+            f"has another size: the largest page has {width} x {height} pixels. Export it again"
         )
     chosen = (described or candidates)[0]
     if any(image.here != chosen.here for image in described or candidates):
         raise SlideError(
             f"its OME-XML has several images of {width} x {height} pixels, "
-            "and nothing says which is the slide: save the wanted one as a file of its own"
+            "and nothing says which is the slide: save the wanted image as a file of its own"
         )
     if described:
         return chosen, described, ()
@@ -187,12 +187,14 @@ def unlinked(tif: Any, root: ET.Element, images: list[Image], *, linked: bool) -
 
 
 def agreed(root: ET.Element, images: list[Image]) -> tuple[vendors.Mpp, float | None, tuple[str, ...]]:
-    """Give the resolution and objective that all of some images have, and notes where these are unsure."""
+    """Give the resolution and objective that are the same in all given images, and notes on those that are not."""
     mpps = {resolution(image) for image in images}
     powers = {power for image in images for power in objectives(root, image)}
     notes: tuple[str, ...] = ()
     if len(mpps) > 1:
-        notes += (f"{len(images)} images of its OME-XML describe this one, with several resolutions: none is taken",)
+        notes += (
+            f"{len(images)} images of its OME-XML give this image several resolutions: the resolution is unknown",
+        )
     if len(powers) > 1:
         notes += ("its OME-XML has several objectives for this image: the power is unknown",)
     return mpps.pop() if len(mpps) == 1 else None, powers.pop() if len(powers) == 1 else None, notes
@@ -244,7 +246,7 @@ def planes(image: Image, tif: Any) -> tuple[list[Level], tuple[str, ...]]:
         raise SlideError(f"it lacks some of the {len(channels)} channels that its OME-XML lists: export it again")
     times = sorted({t for _, t in complete})
     if len(times) > 1:
-        raise SlideError(f"it has {len(times)} images along axis T: save the wanted one as a file of its own")
+        raise SlideError(f"it has {len(times)} images along axis T: save the wanted image as a file of its own")
     depth, depths = image.size("Z"), [z for z, _ in complete]
     z, t = min(depths, key=lambda z: abs(z - depth // 2)), times[0]
     notes: tuple[str, ...] = ()
@@ -274,7 +276,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def elsewhere(images: Iterable[Image], fact: str) -> SlideError:
-    """Say that planes lie in other files."""
+    """Return the error for planes that lie in other files."""
     names = {name for image in images for name in image.elsewhere}
     return SlideError(
         f"{fact} ({listed(names)}), and dfx reads one file per slide: save the wanted planes as one OME-TIFF"

@@ -44,7 +44,7 @@ def installed() -> bool:
 
 
 def recognises(url: str, storage_options: Mapping[str, Any] | None = None) -> bool:
-    """Whether OpenSlide is there and knows the vendor of a file; it reads local files only."""
+    """Whether OpenSlide is installed and recognises the vendor of a file, which must be local."""
     source = open_source(url, storage_options)
     if not isinstance(source, LocalFile):
         return False
@@ -112,7 +112,7 @@ def open_openslide(
 
 
 def level_of(part: Regions, base: Regions) -> Level:
-    """Describe a level. A factor that is not the mean ratio of the sizes, OpenSlide has from the file: it is true."""
+    """Describe a level. If OpenSlide's factor is not the mean ratio of the sizes, it comes from the file."""
     whole, size = base.shape_yx[::-1], part.shape_yx[::-1]
     x, y = factors = ratio(whole, size)
     if abs(part.downsample - (x + y) / 2) > 1e-6 * part.downsample:
@@ -240,7 +240,7 @@ def region_side(stored: int) -> int:
 
 
 def bounds_of(properties: Mapping[str, str]) -> tuple[int, int, int, int] | None:
-    """Read what was scanned, (x, y, width, height); None where OpenSlide does not say."""
+    """Read the scanned area, (x, y, width, height); None if OpenSlide does not give it."""
     values = [properties.get(f"openslide.bounds-{name}") for name in ("x", "y", "width", "height")]
     if any(value is None for value in values):
         return None

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def paste(canvas: NDArray[Any], tile: NDArray[Any], at_yx: tuple[int, int]) -> None:
-    """Copy the part of a tile that lies on the canvas, where its corner lies at `at_yx`."""
+    """Copy the part of a tile that lies on the canvas; the tile's corner lies at `at_yx`."""
     (top, left), (rows, columns, _) = at_yx, canvas.shape
     part = tile[max(-top, 0) : max(rows - top, 0), max(-left, 0) : max(columns - left, 0)]
     top, left = max(top, 0), max(left, 0)
@@ -18,7 +18,7 @@ def paste(canvas: NDArray[Any], tile: NDArray[Any], at_yx: tuple[int, int]) -> N
 
 
 def shrink(tile: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    """Shrink an RGB tile by a whole factor, by area averaging; its last pixels are averaged with white beyond it."""
+    """Shrink an RGB tile by a whole factor, by area averaging; white fills the area beyond its last pixels."""
     rows, columns = (-(-size // factor) for size in tile.shape[:2])
     if tile.shape[:2] != (rows * factor, columns * factor):
         white = np.full((rows * factor, columns * factor, 3), 255, np.uint8)

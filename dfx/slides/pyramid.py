@@ -29,11 +29,11 @@ class Found(NamedTuple):
     shape_yx: tuple[int, int]
     """Rows and columns as they are stored."""
     pages: list[Any]
-    """One a channel, or one for all."""
+    """One page per channel, or one page for all channels."""
     keyframe: Any
     """The page that describes them."""
     downsample_xy: Pair | None = None
-    """Pixels of the baseline per pixel; None where the sizes are to say it."""
+    """Pixels of the baseline per pixel; None: the sizes give it."""
 
 
 def number_tag(page: Any, code: int) -> float | None:
@@ -45,7 +45,7 @@ def number_tag(page: Any, code: int) -> float | None:
 
 
 def pixel_um(page: Any) -> Pair | None:
-    """Return the width and height of a page's pixel in microns, by its resolution tags; None where they say none."""
+    """Return the width and height of a page's pixel in microns, by its resolution tags; None if they give no size."""
     x, y, unit = number_tag(page, 282), number_tag(page, 283), int(page.tags.valueof(296, 2))
     microns = {2: 25400.0, 3: 10000.0}.get(unit)
     return (microns / x, microns / y) if microns and x and y and min(x, y) > 0 else None
@@ -54,13 +54,13 @@ def pixel_um(page: Any) -> Pair | None:
 def pyramid(
     tif: Any, *, marked: bool = False, depth_from_pages: bool = False, pixel_of: PixelOf = pixel_um
 ) -> tuple[list[Level], tuple[str, ...]]:
-    """Find the baseline among a file's pages, and its levels among them and the baseline's sub-IFDs; return notes, too.
+    """Find the baseline among a file's pages, and its levels among these and its sub-IFDs; returns levels and notes.
 
-    tifffile's own series lose levels: of an SVS without a thumbnail, of one whose levels are marked
-    as reduced, and where the factor is not 2, 3 or 4. A level has the baseline's layout (tiles, channels, dtype)
-    and is a smaller version of the same image: it is marked as that (`marked`: the vendor's format says so of each),
-    or the size of its pixels grows as its own shrinks, or the file uses neither marks nor resolutions. `pixel_of`:
-    the width and height of a page's pixel, where the file has them elsewhere than in its resolution tags.
+    tifffile's own series lose levels: of an SVS without a thumbnail, of an SVS whose levels are marked as reduced, and
+    of a file whose factor is not 2, 3 or 4. A level has the baseline's layout (tiles, channels, dtype) and is a smaller
+    version of the same image: it is marked as such (`marked`: the vendor's format implies this for all), or its pixels
+    are larger by the factor by which its size is smaller, or the file uses neither marks nor resolutions. `pixel_of`:
+    the width and height of a page's pixel, if the file does not have them in its resolution tags.
     """
     pages = list(tif.pages)
     base = baseline(pages, marked=marked, pixel_of=pixel_of)
@@ -84,7 +84,7 @@ def pyramid(
         factors = downsample_xy(whole, image)
         if not is_marked and (marks or contradicts(whole, image, marked=False)) and not agrees(whole, image):
             scenes.append(replace(image, pixel_xy=None))
-            notes.append(own + "it is another picture, by its resolution or since it is not marked as a level")
+            notes.append(own + "it is another picture: its resolution says so, or it is not marked as a level")
         elif factors is None or contradicts(whole, image, marked=True):
             notes.append(doubtful(image))
         elif any(is_of_scene(scene, image, factors) for scene in scenes):
@@ -105,7 +105,7 @@ def pyramid(
 
 
 def is_of_scene(scene: Image, level: Image, factors: Pair) -> bool:
-    """Return whether a level may be that of another picture than the baseline, of which it has these factors."""
+    """Return whether a level, with these factors to the baseline, may be a level of another picture."""
     other = downsample_xy(scene, replace(level, pixel_xy=None))
     return other is not None and (other[0].is_integer() or not factors[0].is_integer())
 
@@ -113,7 +113,7 @@ def is_of_scene(scene: Image, level: Image, factors: Pair) -> bool:
 def baseline(pages: Sequence[Any], *, marked: bool = False, pixel_of: PixelOf = pixel_um) -> Any:
     """Return the page that is the slide: no thumbnail, label, macro image or mask.
 
-    Raises `UnknownFormatError` where the first image is no level of a larger one.
+    Raises `UnknownFormatError` if there is a larger image of which the first image is not a level.
     """
     own = [p for p in pages if not p.subfiletype & (MASK | MACRO)] or list(pages)
     own = [p for p in own if not p.subfiletype & REDUCED] or own
@@ -129,14 +129,14 @@ def baseline(pages: Sequence[Any], *, marked: bool = False, pixel_of: PixelOf = 
     ):
         return largest
     raise UnknownFormatError(
-        f"its first image has {first.imagewidth} x {first.imagelength} pixels, another one that is no larger version "
+        f"its first image has {first.imagewidth} x {first.imagelength} pixels, another image that is no larger version "
         f"of it has {largest.imagewidth} x {largest.imagelength}, and nothing says which is the slide: "
-        "save the wanted one as a file of its own"
+        "save the wanted image as a file of its own"
     )
 
 
 def has_layout(page: Any, base: Any) -> bool:
-    """Return whether a page has the layout of the baseline: that of its levels, and of no label or mask."""
+    """Return whether a page has the layout of the baseline, as its levels have, and labels and masks have not."""
     if page.subfiletype & (MASK | MACRO) or page.is_tiled != base.is_tiled:
         return False
     if not base.is_tiled and page is not base and not page.subfiletype & REDUCED:  # thumbnails have strips, too
@@ -185,9 +185,9 @@ def series_levels(series: Any) -> tuple[list[Level], tuple[str, ...]]:
 
 
 def build_levels(found: Sequence[tuple[Any, ...]]) -> tuple[list[Level], tuple[str, ...]]:
-    """Make levels, finest first, of what `Found` has; what is padded beyond the slide is cut off.
+    """Make levels, finest first, from tuples of `Found`; padding beyond the slide is cut off.
 
-    Levels that may lie in several ways on the baseline are left out, and noted.
+    Levels whose place on the baseline is ambiguous are left out, and noted.
     """
     levels = sorted((Found(*f) for f in found), key=lambda f: -f.shape_yx[0] * f.shape_yx[1])
     base = levels[0].shape_yx
@@ -207,11 +207,11 @@ def build_levels(found: Sequence[tuple[Any, ...]]) -> tuple[list[Level], tuple[s
 
 
 def doubtful(image: Image) -> str:
-    """Say why an image is no level, of which `downsample_xy` knows no factors."""
+    """Return a note about an image for which `downsample_xy` finds no factors."""
     width, height = image.size_xy
     return (
-        f"the image of {width} x {height} pixels is left out: how much smaller than the slide it is, "
-        "or padded, is not said or contradictory"
+        f"the image of {width} x {height} pixels is left out: its factor to the slide, "
+        "or its padding, is not stated or is contradictory"
     )
 
 

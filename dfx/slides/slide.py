@@ -62,8 +62,8 @@ class Slide:
     """mpp and power that the user gave."""
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     bounds: Bounds | None = None
-    """The scanned area, (x, y, width, height) at the baseline, where the file tells it from the whole slide: of Leica
-    SCN, and where OpenSlide has `openslide.bounds-*`. QuPath crops slides to it."""
+    """The scanned area, (x, y, width, height) at the baseline, if the file states it: Leica SCN, and slides for which
+    OpenSlide has `openslide.bounds-*`. QuPath crops slides to it."""
     reopen: Callable[..., Slide] = field(default=None, repr=False)  # type: ignore[assignment]
     """Opens the same slide in another process."""
 
@@ -72,7 +72,7 @@ class Slide:
         return _reopened, (self.reopen, self.source.address, *self.overrides, self.storage_options, *known)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        # By the whole address, which Dask hashes: two objects may be shown alike.
+        # The whole address, which Dask hashes: two objects may have the same redacted address.
         return "dfx.Slide", self.identity, self.source.address, self.source.version, self.mpp, self.power
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class Slide:
 
     @property
     def checksum(self) -> str:
-        """SHA-256 of the whole file, where it is a local one of at most 64 MiB that is all of the slide; else ""."""
+        """SHA-256 of the whole file, if it is a local file of at most 64 MiB and is the whole slide; else ""."""
         return checksum(self.source) if self.backend == "tiff" else ""
 
     @property
@@ -245,9 +245,9 @@ class Slide:
         `method`: "otsu" (darker than Otsu's threshold, as TIAToolbox has it), "hsv" (stained, and no pen mark), a
         function of a thumbnail, uint8 RGB (H, W, 3), that gives (H, W), or "module:function", which names one.
         The thumbnail is at 1.25x as TIAToolbox has it (6 mpp where only `mpp=` was given), or at the function's
-        `mpp` where it has one. Where the slide says nothing of its resolution, it is a sixteenth of the baseline.
-        Raises `CallError` for a method that is not there, `ResolutionError` where an `mpp` can't be had, and
-        `SlideError` where "otsu" or "hsv" would take a dark background for tissue, as in fluorescence.
+        `mpp` where it has one. If the slide states no resolution, it is a sixteenth of the baseline. Raises `CallError`
+        for an unknown method, `ResolutionError` if the slide lacks the metadata for an `mpp`, and `SlideError` if
+        "otsu" or "hsv" would take a dark background for tissue, as in fluorescence.
         """
         segment = segment_of(method)
         mpp: float | None = getattr(segment, "mpp", None)
@@ -256,7 +256,7 @@ class Slide:
             raise SlideError(
                 f"{self.url} has a dark background, as in fluorescence, and {method_name(method)!r} finds tissue that "
                 "is darker than its surroundings: give mask=None for every patch, a mask, or a function that finds "
-                "what is bright."
+                "bright tissue."
             )
         return as_mask(segment(thumbnail))
 
@@ -350,6 +350,6 @@ def _reopened(
         return slide
 
     access = pickle.dumps(storage_options)  # credentials and servers change within a process's life
-    # By the file's version, too: the tiles of a slide that was open before it was written anew are not to be used.
+    # By the file's version, too: tiles that were read before the file was written again must not be used.
     slide: Slide = OPENED.get((url, mpp, power, identity, version, access), build)
     return slide

@@ -30,7 +30,7 @@ class ByteSource(Protocol):
     """Tells this opening of a file from every other in the process: what was read through it is known by it."""
     version: str
     """Changes when the file is written anew, as far as its file system tells: "mtime:..." or "ETag:..."; may be empty.
-    Unlike the content's identity it is another one for a copy."""
+    Unlike the identity of the content, it differs for a copy."""
     prefetches: bool
     """Whether `expect` is worth calling."""
 
@@ -39,7 +39,7 @@ class ByteSource(Protocol):
         ...
 
     def sample(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Give the bytes of a few short ranges far apart, whole, as cheaply as can be."""
+        """Give the bytes of a few short ranges that lie far apart, whole, as cheaply as possible."""
         ...
 
     def expect(self, *runs: Sequence[tuple[int, int]]) -> None:

@@ -60,15 +60,15 @@ def open_tiff(
 ) -> Slide:
     """Open a slide; `mpp` and `power` go before what the file says.
 
-    Raises `FormatError` for a kind of file that is OpenSlide's to read or that dfx does not know, `SlideError` for
-    any other that can't be read.
+    Raises `FormatError` for a kind of file that OpenSlide reads or that dfx does not know, `SlideError` for any other
+    file that can't be read.
     """
     source = open_source(url, storage_options)
     refuse_other_formats(source)
     try:
         long_ndpi = has_long_pointers(source)
         check_chain(source, long_ndpi=long_ndpi)
-        flags = {"is_ndpi": long_ndpi or None}  # None: of whatever name it is, the tags say whether it is NDPI
+        flags = {"is_ndpi": long_ndpi or None}  # None: the tags say whether it is NDPI, not the name
         with source.open() as file, tifffile.TiffFile(file, name=Path(source.url).name, **flags) as tif:
             facts = parse(tif, source)
     except DfxError as e:
@@ -236,7 +236,7 @@ def leica(tif: tifffile.TiffFile) -> Facts:
 
 
 def philips(tif: tifffile.TiffFile, description: str) -> Facts:
-    """Read a Philips slide, whose XML says how large a pixel of each level is: sizes of levels are padded to tiles."""
+    """Read a Philips slide. Its XML gives the pixel size of each level, since the levels are padded to tiles."""
     tiled = [page for page in tif.pages if page.is_tiled]
     sizes = vendors.philips_pixels(description)
     by_page = dict(zip((page.offset for page in tiled), sizes, strict=True)) if len(sizes) == len(tiled) else {}

@@ -36,11 +36,11 @@ def number(text: str | None) -> float | None:
 
 
 def believed_power(power: float | None, mpp: Mpp) -> tuple[float | None, tuple[str, ...]]:
-    """Return an objective power that can be meant beside `mpp`, else None; and a note where it is not believed."""
+    """Return an objective power that is plausible with `mpp`, else None; and a note if it is not plausible."""
     if power is None:
         return None, ()
     if not PLAUSIBLE_POWER[0] <= power <= PLAUSIBLE_POWER[1]:
-        return None, (f"its objective power of {power:g}x can't be, and is not used",)
+        return None, (f"its objective power of {power:g}x is impossible, and is not used",)
     mean = sum(mpp) / 2 if mpp else 10 / power
     if not 1 / MOST_UNUSUAL <= power * mean / 10 <= MOST_UNUSUAL:
         return None, (f"its objective power of {power:g}x contradicts its {mean:g} microns per pixel, and is not used",)

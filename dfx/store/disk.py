@@ -125,7 +125,7 @@ class Disk:
                 try:
                     node.unlink(missing_ok=True)
                     continue
-                except IsADirectoryError:  # another run has made it since
+                except IsADirectoryError:  # another run has made this folder since
                     pass
             remove_folder(node)
         try:
@@ -167,7 +167,7 @@ class Disk:
             node.rename(self.path / node.name)
 
     def zarr(self) -> Path:
-        """Give the path; zarr takes a text with "::" or "://" for a URL."""
+        """Give the path; zarr treats a text with "::" or "://" as a URL."""
         return self.path
 
 

@@ -1,4 +1,4 @@
-"""Whether a store may be resumed: what differs between the features that it holds and those of a plan."""
+"""Whether a store may be resumed: the differences between its features and the features of a plan."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from dfx.slides import is_same
 
 
 def differences(stored: dict[str, Any], plan: Plan) -> list[str]:
-    """Say in which ways the features of a store are not those of a plan; empty where they are the same.
+    """List the differences between the features of a store and the features of a plan; empty if they are the same.
 
-    `stored`: the attributes of the store. Of a given module, the measured behaviour decides. The digest of its code,
-    which another version of Python changes, decides only where no behaviour is stored (version 0.1), or a random one.
+    `stored`: the attributes of the store. For a given module, the measured behaviour decides. The digest of its code,
+    which another version of Python changes, decides only if no behaviour is stored (version 0.1), or if a behaviour
+    is random.
     """
     planned = plan.fingerprint()
     fingerprint = stored.get("fingerprint")
     fingerprint = fingerprint if isinstance(fingerprint, dict) else {}
     if is_same(fingerprint.get("slide"), plan.slide.identity):
-        planned["slide"] = fingerprint["slide"]  # which an older version may have written
+        planned["slide"] = fingerprint["slide"]  # an older version may have written it
     found: list[str] = []
     for head in plan.heads:
         lines, decided = compared(encoder_of(stored, head.name), head, allow_random=plan.options.allow_nondeterministic)
@@ -31,7 +32,7 @@ def differences(stored: dict[str, Any], plan: Plan) -> list[str]:
 
 
 def compared(stored: dict[str, Any], head: Head, *, allow_random: bool) -> tuple[list[str], bool]:
-    """Compare the behaviour of an encoder with what a store says of it: what differs, and whether it is the same."""
+    """Compare an encoder's behaviour with the stored behaviour: the differences, and whether both are the same."""
     earlier, now = read_behaviour(stored.get("behaviour")), head.behaviour
     if earlier is None or now is None or earlier.shape_yx != now.shape_yx:  # another shape is another fingerprint
         return [], False
@@ -57,7 +58,7 @@ def random_encoders(heads: tuple[Head, ...]) -> list[str]:
 
 
 def encoder_of(attributes: dict[str, Any], name: str) -> dict[str, Any]:
-    """Give what attributes or a fingerprint say of an encoder; an empty mapping where they say nothing."""
+    """Give the entry of an encoder in attributes or a fingerprint; an empty mapping if there is no entry."""
     several = attributes.get("encoders")
     found = several.get(name) if isinstance(several, dict) else attributes.get("encoder")
     return found if isinstance(found, dict) else {}

@@ -8,7 +8,7 @@
         labels              where given
         notes/              while it is written: what blocks noted; goes into the attribute when it is closed
 
-Arrays name their dimensions, as xarray needs: ("patch", "feature"), ("patch", "corner"), ("y", "x"); of several
+Arrays name their dimensions, as xarray needs: ("patch", "feature"), ("patch", "corner"), ("y", "x"); with several
 encoders ("patch", "feature_<name>").
 
 A chunk is written whole, by one task, by an atomic rename, so a chunk that is there is right, and
@@ -152,7 +152,7 @@ def create_features(group: zarr.Group, n: int, heads: Sequence[Head], block_size
     for name, head in zip(node_names([head.name for head in heads]), heads, strict=True):
         group.create_array(
             name,
-            # Encoders differ in their width, and of one group xarray takes each name for one size.
+            # Encoders differ in their width, and in a group xarray expects one size per name.
             dimension_names=("patch", "feature" if len(heads) == 1 else f"feature_{head.name}"),
             shape=(n, head.dim),
             dtype=head.dtype,

@@ -43,8 +43,8 @@ CLOSING = "closing.json"
 AT_ONCE = 16
 """Files of notes that are read together: in a bucket there is one a block, and each takes a request."""
 DOUBT = (
-    "{slide} was written anew since {place} was made from it, but its size and samples of its bytes are the same: "
-    "the features are kept. If its pixels changed, extract them again with overwrite=True (--overwrite)."
+    "{slide} was written again after {place} was made from it, but its size and samples of its bytes are the same: "
+    "the features are kept. If its pixels changed, extract the features again with overwrite=True (--overwrite)."
 )
 
 
@@ -57,7 +57,7 @@ class Store:
     arrays: tuple[zarr.Array[Any], ...]
     """Where blocks go, one for each encoder."""
     doubt: str = ""
-    """Why features that are kept might be those of other pixels; "": there is no reason to think so."""
+    """Why the kept features might come from other pixels; "": there is no reason to think so."""
 
     @classmethod
     def at(cls, place: Place, encoders: Sequence[str]) -> Store:
@@ -73,9 +73,8 @@ class Store:
     def prepare(cls, at: At, plan: Plan, label: Any = None, *, overwrite: bool = False) -> Store:
         """Open the store of a plan: a new one, or the same plan's to be resumed.
 
-        Raises `StoreError` when what lies there is of another plan (it says what differs) or not
-        dfx's, or is half done by an encoder whose features differ from run to run. With `overwrite`, a store of dfx is
-        replaced.
+        Raises `StoreError` if the store is of another plan (the error says what differs), is not a store of dfx, or is
+        half done by an encoder whose features differ from run to run. With `overwrite`, a store of dfx is replaced.
         """
         place = place_of(at)
         check_ours(place)
@@ -152,7 +151,7 @@ class Store:
 
 
 def was_written_anew(stored: dict[str, Any], slide: Slide) -> bool:
-    """Whether a slide's file was written after its store was begun; not of a copy, which has a time of its own."""
+    """Whether a slide's file was written again after its store was begun; False for a copy, which has its own time."""
     before = stored.get("slide", {})
     then, now = (str(version).partition(":") for version in (before.get("file_version", ""), slide.source.version))
     return before.get("url") == slide.url and then[0] == now[0] and then[2] != now[2]
