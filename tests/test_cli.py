@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -208,3 +209,19 @@ def test_only_commands_that_are_there_are_listed(capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     for command in ("extract", "info", "status", "report", "encoders", "show", "export", "demo"):
         assert f"    {command} " in out
+
+
+def test_warnings_of_dfx_reach_the_user_of_a_command_and_the_log_is_as_before(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loggers = [logging.getLogger(name) for name in ("dfx", "distributed", "tifffile")]
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+
+    def statuses(*_: object) -> list[object]:
+        logging.getLogger("dfx.store").warning("%s is old", "a store")
+        logging.getLogger("tifffile").warning("a tag is odd")
+        return []
+
+    monkeypatch.setattr("dfx.store.statuses", statuses)
+    assert run(capsys, "status", "folder") == (0, "nothing here\n", "dfx: warning: a store is old\n")
+    assert [(logger.level, list(logger.handlers)) for logger in loggers] == before

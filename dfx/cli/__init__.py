@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import NoReturn
 
@@ -24,13 +25,10 @@ COMMANDS = (extract, info, status, report, encoders, show, export, demo, worker_
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; gives the exit code, see `codes`."""
-    # What matters of a header, a task or a slide is said once, by the command itself.
-    for name in ("tifffile", "distributed", "dfx"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    """Run a command and return its exit code, see `codes`."""
     args = parser().parse_args(argv)
     try:
-        with warnings.catch_warnings(), terminable():
+        with warnings.catch_warnings(), own_log(), terminable():
             warnings.showwarning = lambda message, *_: print(f"dfx: warning: {message}", file=sys.stderr)
             return int(args.command(args))
     except ClusterLost as e:
@@ -52,6 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+@contextmanager
+def own_log() -> Iterator[None]:
+    """Print the warnings of dfx, a line each, and those of no other package, until the block ends."""
+    ours, others = logging.getLogger("dfx"), [logging.getLogger(name) for name in ("tifffile", "distributed")]
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("dfx: warning: %(message)s"))
+    levels = [logger.level for logger in others]
+    ours.addHandler(handler)
+    for logger in others:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        for logger, level in zip(others, levels, strict=True):
+            logger.setLevel(level)
+
+
 def entry() -> NoReturn:
     """Run the command of this process and end it.
 
@@ -60,6 +76,7 @@ def entry() -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # prints names that are not UTF-8 unchanged
     code = main()
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what its threads say while the process ends
     if code in (INTERRUPTED, TRY_AGAIN):
         sys.stdout.flush()
         sys.stderr.flush()
