@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -290,6 +291,7 @@ def test_a_cluster_that_is_paused_for_want_of_memory_is_an_error_with_figures(
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):
+        client.run(importlib.import_module, "dfx.run")  # which takes memory of its own
         client.run(nets.hoard, 850 * 2**20)
         until(lambda: {w["status"] for w in client.scheduler_info()["workers"].values()} == {"paused"})
         with pytest.raises(RunError, match=r"all 1 workers have been paused .* of 1,024 MB"):
