@@ -181,15 +181,22 @@ def measure_long(path: Path, *, slides: int, executed: int, threads: int) -> lis
         options = Options(block_size=BLOCK, memory_threshold=80)
         where = GridOptions(patch, 0.25, "mpp")
         given = (Item((n,), path, None) for n in range(slides))
-        requests = (
-            (item, Some(item, (encoder,), where, options, place_of(folder) / f"{item.given[0]}.zarr", False, executed))
-            for item in given
-        )
+
+        def request(item: Item) -> Some:
+            place = place_of(folder) / f"{item.given[0]}.zarr"
+            return Some(item, (encoder,), where, options, place, False, executed=executed)
+
+        requests = ((item, request(item)) for item in given)
 
         done, blocks = 0, 0
         wall, cpu = time.perf_counter(), time.process_time()
         driver = Driver(
-            client, requests, keeps=lambda planned: False, cache=lambda item: place_of(folder), timeout=3600
+            client,
+            requests,
+            keeps=lambda planned: False,
+            cache=lambda item: place_of(folder),
+            timeout=3600,
+            expected={},
         )
         for event in driver.events():
             if isinstance(event, Planned):
