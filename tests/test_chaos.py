@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import distributed
 import nets
 import numpy as np
 import psutil
@@ -69,10 +70,16 @@ def test_whatever_is_killed_every_store_is_the_undisturbed_one_or_says_why_not(s
     assert isinstance(calm, dict)
     assert len(calm) == len(sound)
     with cluster.local(gpus=0, n_workers=3, threads=1) as made:
-        stop, kills = threading.Event(), [0]
+        stop, kills, began = threading.Event(), [0], time.monotonic()
+        with distributed.Client(made, set_as_default=False) as client:
+            dfx.DeepFeatureExtractor(nets.Slow(), batch_size=8, verbose=False).run(
+                sound[:1], save_dir=tmp_path / "first", client=client, **OPTIONS
+            )
+        # A worker that is killed sooner than it can start and plan makes nothing, on a busy machine for ever.
+        pace = max(1.0, (time.monotonic() - began) / 5)
 
         def kill() -> None:
-            while not stop.wait(rng.uniform(2, 4)):
+            while not stop.wait(pace * rng.uniform(2, 4)):
                 # A nanny whose worker dies as it starts gives up, and nothing would be left to kill.
                 up = [n for n in made.workers.values() if n.process and n.process.status == Status.running]
                 pid = rng.choice(up).pid if up else None
@@ -84,15 +91,15 @@ def test_whatever_is_killed_every_store_is_the_undisturbed_one_or_says_why_not(s
         killer.start()
         line = [sys.executable, "-c", CLIENT, here, made.scheduler_address, str(out), *map(str, sound + rotten)]
         try:
-            for life in (rng.uniform(8, 14), rng.uniform(8, 14), None):
-                with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as client:
+            for life in (pace * rng.uniform(8, 14), pace * rng.uniform(8, 14), None):
+                with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as run:
                     if life is None:
-                        _, said = client.communicate(timeout=900)
-                        assert client.returncode == 0, said[-3000:]
+                        _, said = run.communicate(timeout=900)
+                        assert run.returncode == 0, said[-3000:]
                     else:
                         time.sleep(life)
-                        client.kill()
-                        client.communicate()
+                        run.kill()
+                        run.communicate()
         finally:
             stop.set()
             killer.join()
