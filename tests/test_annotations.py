@@ -102,6 +102,18 @@ def test_rings_may_be_open_have_heights_and_empty_holes() -> None:
         draw({"type": "Polygon", "coordinates": [[], hole]}, (1600, 1300))
 
 
+def test_holes_that_overlap_or_reach_beyond_their_outline_are_left_out_and_nothing_else() -> None:
+    outline, *holes = square(100, 100, 600), square(200, 200, 200), square(300, 300, 200), square(650, 650, 200)
+    cells, _ = draw({"type": "Polygon", "coordinates": [outline, *holes]}, (1600, 1300))
+    shape = shapely.Polygon(outline)
+    for hole in holes:
+        shape = shapely.difference(shape, shapely.Polygon(hole))
+    y, x = np.indices(cells.shape) + 0.5
+    points = shapely.points(x, y)
+    near = shapely.distance(shape.boundary, points) <= 1.5
+    assert np.array_equal(cells[~near], shapely.contains(shape, points)[~near])
+
+
 def test_what_reaches_beyond_the_slide_is_cut_at_its_border() -> None:
     cells, _ = draw({"type": "Polygon", "coordinates": [square(-1e12, -1e12, 2e12)]}, (1600, 1300))
     assert cells.all()

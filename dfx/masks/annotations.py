@@ -62,17 +62,32 @@ def draw(
     for rings in found:
         # The corner of a slide is that of a cell, whose number OpenCV has at its centre.
         per_cell = (columns, rows) / np.array(size_xy)
-        points = [np.clip((ring + offset) * per_cell - 0.5, -FAR, FAR) for ring in rings]
-        low = np.clip(np.floor(points[0].min(axis=0)).astype(int) - 1, 0, (columns, rows))
-        high = np.clip(np.ceil(points[0].max(axis=0)).astype(int) + 2, 0, (columns, rows))
-        if (low >= high).any():
-            continue
-        (x0, y0), (x1, y1) = low.tolist(), high.tolist()
-        part = np.zeros((y1 - y0, x1 - x0), np.uint8)  # of its own: a hole must not reach into another polygon
-        fixed = [np.rint((ring - low) * 2**SHIFT).astype(np.int32) for ring in points]
-        cv2.fillPoly(part, fixed, 1, shift=SHIFT)
-        np.maximum(cells[y0:y1, x0:x1], part, out=cells[y0:y1, x0:x1])
+        outline, *holes = (np.clip((ring + offset) * per_cell - 0.5, -FAR, FAR) for ring in rings)
+        # Each ring is an array of its own: a hole must not reach into another polygon, nor the part that it shares with
+        # another hole, or has beyond the outline, be filled.
+        place, part = filled(outline, (rows, columns), rim=True)
+        for hole in holes:
+            inside, taken = filled(hole - (place[1].start, place[0].start), part.shape, rim=False)
+            part[inside][taken > 0] = 0
+        np.maximum(cells[place], part, out=cells[place])
     return cells > 0, origin
+
+
+def filled(ring: Ring, shape: tuple[int, ...], *, rim: bool) -> tuple[tuple[slice, slice], NDArray[np.uint8]]:
+    """Fill a ring in cells of an array of a shape: where its cells lie, and 1 inside.
+
+    `rim`: whether the cells that the ring passes are inside.
+    """
+    low = np.clip(np.floor(ring.min(axis=0)).astype(int) - 1, 0, shape[1::-1])
+    high = np.clip(np.ceil(ring.max(axis=0)).astype(int) + 2, 0, shape[1::-1])
+    (x0, y0), (x1, y1) = low.tolist(), high.tolist()
+    part = np.zeros((y1 - y0, x1 - x0), np.uint8)
+    if part.size:
+        fixed = np.rint((ring - low) * 2**SHIFT).astype(np.int32)
+        cv2.fillPoly(part, [fixed], 1, shift=SHIFT)
+        if not rim:
+            cv2.polylines(part, [fixed], True, 0, shift=SHIFT)
+    return (slice(y0, y1), slice(x0, x1)), part
 
 
 def read(address: str, storage_options: Mapping[str, Any] | None = None) -> Any:
