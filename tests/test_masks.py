@@ -280,6 +280,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: encoded(".png", np.dstack([np.zeros((70, 90, 3), np.uint8), BITS])),
         "differs in alpha alone",
     ),
+    "a fourth channel without a name": (
+        lambda: by_tifffile(np.dstack([BITS] * 4), photometric="rgb", extrasamples=["unspecified"]),
+        "fourth channel, which may be alpha or not",
+    ),
     "below 0 alone": (lambda: by_tifffile(-LABELS.astype(np.int8)), "below 0 and no value above 0"),
     "cut PNG": (lambda: encoded(".png", RNG.integers(0, 9, (70, 90)).astype(np.uint8))[:-900], "damaged"),
     "cut JPEG": (lambda: picture(RNG.integers(0, 255, (70, 90)))[:-900], "damaged"),

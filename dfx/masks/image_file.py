@@ -153,9 +153,16 @@ def read_tiff(tif: tifffile.TiffFile) -> Image:
             raise ImageError("has a palette and alpha: save it as RGBA")
         return Image(palette_colours(page.colormap)[pixels[..., 0]], pixels[..., 0], lossy, valid=valid)
     pixels = scaled(pixels, page.bitspersample)
+    if colours == 3 and extra == [0] and (pixels[..., 3] != opaque(pixels.dtype)).any():
+        raise ImageError("has a fourth channel, which may be alpha or not: save it as RGB, or as RGBA with its kind")
     if code == 0:
         pixels = black_is_zero(pixels, tif, page)
     return Image(pixels, None, lossy, extra == [1], valid)
+
+
+def opaque(dtype: np.dtype[Any]) -> float:
+    """Give the alpha of pixels that are not transparent."""
+    return np.iinfo(dtype).max if dtype.kind in "ui" else 1
 
 
 def with_data(page: Any, colours: NDArray[Any]) -> NDArray[np.bool_] | None:
