@@ -64,6 +64,31 @@ def dinov2(registers: int) -> nn.Module:
     return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=registers)).eval()
 
 
+def transformer(name: str, **others: Any) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
+    config = getattr(transformers, f"{name}Config")(**sizes, intermediate_size=64, **others)
+    return getattr(transformers, f"{name}Model")(config).eval()
+
+
+class Named(nn.Module):
+    """Has tokens before those of patches by the names of its parameters alone."""
+
+    def __init__(self, drop: int = 0, **tokens: int) -> None:
+        super().__init__()
+        self.cut = nn.Conv2d(3, 32, 8, 8)
+        self.drop = drop
+        self.names = list(tokens)
+        for name, count in tokens.items():
+            setattr(self, name, nn.Parameter(torch.randn(1, count, 32)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = [getattr(self, name).expand(len(x), -1, -1) for name in self.names]
+        return torch.cat([*tokens, self.cut(x).flatten(2).transpose(1, 2)], dim=1)[:, self.drop :]
+
+
 class Says(nn.Module):
     """Gives tokens, and says no more than how many come first."""
 
@@ -83,6 +108,11 @@ MODULES = {
     "resized within": (lambda: Within(vit(4), size=SIDE), 5),
     "registers dropped within": (lambda: Within(vit(4), [0, *range(5, 5 + PATCHES)]), 1),
     "transformers": (lambda: Within(dinov2(4)), 5),
+    "transformers without a number": (lambda: Within(transformer("ViT")), 1),
+    "transformers with a distilled token": (lambda: Within(transformer("DeiT")), 2),
+    "transformers of CLIP": (lambda: Within(transformer("CLIPVision")), 1),
+    "named tokens": (lambda: Named(cls_token=1, register_tokens=4), 5),
+    "a named token in a wrapper": (lambda: Within(Named(class_token=1)), 1),
     "data parallel": (lambda: nn.DataParallel(vit(4)), 5),
     "a network that only says so": (lambda: nn.Sequential(Says(), nn.Identity()), 3),
 }
@@ -109,6 +139,26 @@ def test_a_wrapper_that_gives_patches_only_loses_none_of_them(patches: NDArray[n
     for pooling in ("cls", "cls+mean"):
         with pytest.raises(EncoderError, match="gives no class token: use pooling='mean'"):
             encode(dfx.load_encoder(module, pooling=pooling), patches)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "cls+mean"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Within(transformer("SiglipVision")),
+        lambda: Named(),
+        lambda: Named(reg_tokens=2),
+        lambda: Named(drop=1, cls_token=1),
+    ],
+)
+def test_a_network_of_patches_alone_has_no_class_token(make: Any, pooling: str, patches: NDArray[np.uint8]) -> None:
+    module = make()
+    with pytest.raises(EncoderError, match="gives no class token"):
+        encode(dfx.load_encoder(module, pooling=pooling), patches)
+    with torch.inference_mode():
+        tokens = module(torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 255)
+    found = encode(dfx.load_encoder(module, pooling="mean"), patches)
+    assert np.allclose(found, tokens[:, -PATCHES:].mean(1).numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "cls+mean"])

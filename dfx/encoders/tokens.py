@@ -1,4 +1,9 @@
-"""Finds the tokens of a given vision transformer that do not belong to patches."""
+"""Which tokens of a given vision transformer are not those of patches.
+
+A network says so by a number (`num_prefix_tokens`, `num_register_tokens`), or by the names of its parameters
+(`cls_token`, `register_tokens`). How many patches it has follows from its patch size, or from the convolution that cuts
+the image into patches.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +15,23 @@ from torch import nn
 
 from dfx.errors import EncoderError
 
+CLASS_TOKENS = ("cls_token", "class_token", "class_embedding")
+OTHER_TOKENS = ("dist_token", "distillation_token", "reg_token", "reg_tokens", "register_tokens", "storage_tokens")
+"""Parameters of class tokens, and of other tokens that come before those of patches, by the names that networks use."""
+
 
 @dataclass(frozen=True)
 class TokenLayout:
     """The tokens that a network gives before its patch tokens, as it states them: class token and registers."""
 
     network: nn.Module
-    """The network that states this."""
-    prefix: int
-    """Number of these tokens."""
+    """The network that says so."""
+    prefix: int | None
+    """How many there are; None: it has patches, and says nothing of other tokens."""
     has_class: bool
     """Whether the first is a class token."""
     within: bool
-    """Whether the network is within the given module, which may drop some of these tokens."""
+    """Whether some of them may be dropped: by a module around the network, or where it does not give a number."""
 
     def prefix_in(self, tokens: int, name: str, pooling: str, shape_yx: Sequence[int]) -> int:
         """Returns the number of tokens of an output before its patch tokens.
@@ -42,13 +51,17 @@ class TokenLayout:
             If patch tokens can't be told from others, or if the pooling needs a class token that is missing.
         """
         prefix = self.prefix
-        if self.within:
-            counts = patch_counts(self.network, shape_yx)
-            fitting = [tokens - count for count in counts if 0 <= tokens - count <= self.prefix]
+        counts = patch_counts(self.network, shape_yx) if self.within else []
+        if prefix is None:
+            if tokens not in counts:
+                return 1 if "cls" in pooling else 0
+            prefix = 0
+        elif self.within:
+            fitting = [tokens - count for count in counts if 0 <= tokens - count <= prefix]
             if counts and not fitting:
                 raise EncoderError(
                     f"encoder {name} gives {tokens} tokens, but the {type(self.network).__name__} in it has "
-                    f"{' or '.join(map(str, counts))} patches and {self.prefix} tokens before them: "
+                    f"{' or '.join(map(str, counts))} patches and {prefix} tokens before them: "
                     "pool inside the module."
                 )
             prefix = fitting[0] if fitting else prefix
@@ -60,7 +73,7 @@ class TokenLayout:
 
 
 def token_layout(module: nn.Module, name: str) -> TokenLayout | None:
-    """Returns the token layout that a module, or the networks in it, state; None if it is not stated.
+    """Returns what a module, or the networks in it, say of their tokens; None where nothing has patches or tokens.
 
     Raises `EncoderError` for networks that disagree.
     """
@@ -75,8 +88,8 @@ def token_layout(module: nn.Module, name: str) -> TokenLayout | None:
             "before the patch tokens: pool inside the module."
         )
     for (prefix, has_class), network in networks.items():
-        return TokenLayout(network, prefix or 0, has_class, network is not module)
-    return None
+        return TokenLayout(network, prefix or 0, has_class, network is not module or number_of(network) is None)
+    return TokenLayout(module, None, False, within=True) if patch_counts(module, (1, 1)) else None
 
 
 def networks_with_tokens(module: nn.Module, seen: set[nn.Module]) -> list[nn.Module]:
@@ -89,7 +102,16 @@ def networks_with_tokens(module: nn.Module, seen: set[nn.Module]) -> list[nn.Mod
 
 
 def prefix_of(network: nn.Module) -> int | None:
-    """Returns the number of tokens before the patch tokens, as timm, transformers and DINOv2 state it, or None."""
+    """Returns the number of tokens before those of patches; None: unknown."""
+    said = number_of(network)
+    if said is not None:
+        return said
+    own = [value for name, value in network.named_parameters(recurse=False) if name in CLASS_TOKENS + OTHER_TOKENS]
+    return sum(value.shape[-2] if value.ndim > 1 else 1 for value in own) or None
+
+
+def number_of(network: nn.Module) -> int | None:
+    """Returns the number of tokens before those of patches, as timm, transformers and DINOv2 have it; None: unknown."""
     count = getattr(network, "num_prefix_tokens", None)
     if is_count(count):
         return count
@@ -105,7 +127,8 @@ def has_class_token(network: nn.Module) -> bool:
     said = getattr(network, "has_class_token", None)
     if isinstance(said, bool):
         return said
-    return network.cls_token is not None if hasattr(network, "cls_token") else bool(prefix_of(network))
+    named = [getattr(network, name) for name in CLASS_TOKENS if hasattr(network, name)]
+    return any(value is not None for value in named) if named else bool(number_of(network))
 
 
 def patch_counts(network: nn.Module, shape_yx: Sequence[int]) -> list[int]:
@@ -118,6 +141,11 @@ def patch_counts(network: nn.Module, shape_yx: Sequence[int]) -> list[int]:
             sizes = [tuple(shape_yx), *(pair(getattr(owner, name, None)) for name in ("img_size", "image_size"))]
             found += [(size[0] // side[0]) * (size[1] // side[1]) for size in sizes if size]
     count = getattr(embed, "num_patches", None)
+    if not found and not is_count(count):
+        sides = (
+            c.stride for c in network.modules() if isinstance(c, nn.Conv2d) and c.kernel_size == c.stride != (1, 1)
+        )
+        found = [(shape_yx[0] // side[0]) * (shape_yx[1] // side[1]) for side in sides][:1]
     return list(dict.fromkeys([*found, count] if is_count(count) else found))
 
 
