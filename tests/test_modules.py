@@ -125,6 +125,23 @@ class ByWeakReference(Hooked):
         return lambda: self.feat
 
 
+class ByProxy(Hooked):
+    def hook(self) -> Any:
+        owner = weakref.proxy(self)
+        self.net[1].register_forward_hook(lambda m, i, o: setattr(owner, "feat", o))
+        return lambda: self.feat
+
+
+class ByWeakMethod(Hooked):
+    def keep(self, module: nn.Module, inputs: Any, out: torch.Tensor) -> None:
+        self.feat = out
+
+    def hook(self) -> Any:
+        keep = weakref.WeakMethod(self.keep)
+        self.net[1].register_forward_hook(lambda *args: keep()(*args))  # type: ignore[misc]
+        return lambda: self.feat
+
+
 class ByForward(Hooked):
     def hook(self) -> Any:
         before = self.net[1].forward
@@ -140,6 +157,23 @@ class ByForward(Hooked):
 class Recorder:
     def __call__(self, module: nn.Module, inputs: Any, out: torch.Tensor) -> None:
         self.out = out
+
+
+class ByWeaklyHeldObject(Hooked):
+    def hook(self) -> Any:
+        self.recorder = Recorder()
+        recorder = weakref.ref(self.recorder)
+        self.net[1].register_forward_hook(lambda *args: recorder()(*args))  # type: ignore[misc]
+        return lambda: self.recorder.out
+
+
+class ByWeakDict(Hooked):
+    def hook(self) -> Any:
+        self.recorder = Recorder()
+        self.known = weakref.WeakValueDictionary(recorder=self.recorder)
+        self.owners = weakref.WeakKeyDictionary({self.recorder: 1})
+        self.net[1].register_forward_hook(lambda *args: self.known["recorder"](*args))
+        return lambda: next(iter(self.owners)).out
 
 
 class ByObject(Hooked):
@@ -165,7 +199,8 @@ def by_outer_variable() -> nn.Module:
 
 
 HOOKED: list[Callable[[], nn.Module]] = [
-    *(Hooked, ByMethod, ByDefault, ByDict, ByList, ByNonlocal, ByGlobal, ByWeakReference, ByForward, ByObject),
+    *(Hooked, ByMethod, ByDefault, ByDict, ByList, ByNonlocal, ByGlobal, ByForward, ByObject),
+    *(ByWeakReference, ByProxy, ByWeakMethod, ByWeaklyHeldObject, ByWeakDict),
     by_outer_variable,
 ]
 
@@ -204,11 +239,23 @@ def test_two_specs_of_one_module_do_not_mix_their_batches(patches: NDArray[np.ui
     module = Hooked()
     specs = [dfx.load_encoder(module, mean=(value,) * 3) for value in (0.0, 0.5)]
     assert specs[0].module is specs[1].module
+    check_together(specs, patches)
+
+
+def test_two_modules_whose_hooks_share_a_global_variable_do_not_mix_their_batches(patches: NDArray[np.uint8]) -> None:
+    modules = [ByGlobal(), ByGlobal()]
+    modules[1].load_state_dict({key: 2 * value for key, value in modules[0].state_dict().items()})
+    check_together([dfx.load_encoder(module) for module in modules], patches)
+
+
+def check_together(specs: list[dfx.EncoderSpec], patches: NDArray[np.uint8]) -> None:
+    """Encoders that run in two threads must give the features that each gives alone."""
     want = [encode(spec, patches, batch_size=1) for spec in specs]
+    assert not np.allclose(*want)
     got: dict[int, list[NDArray[Any]]] = {0: [], 1: []}
 
     def run(n: int) -> None:
-        got[n] = [encode(specs[n], patches, batch_size=1) for _ in range(20)]
+        got[n] = [encode(specs[n], patches, batch_size=1, threads=1) for _ in range(60)]
 
     threads = [threading.Thread(target=run, args=(n,)) for n in got]
     for thread in threads:
@@ -235,7 +282,7 @@ class Caching(nn.Module):
 
 
 def tried(module: nn.Module) -> nn.Module:
-    module(torch.rand(2, 3, 64, 64)).sum().backward()
+    module(torch.rand(2, 3, 64, 64, requires_grad=True)).sum().backward()
     return module
 
 
@@ -384,6 +431,44 @@ def test_what_can_not_be_copied_is_named_with_its_remedy(tmp_path: Path) -> None
         dfx.load_encoder(nn.Linear(3, 3, device="meta"))
 
 
+class Losing(nn.Module):
+    """Leaves its scale out of what is pickled."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.cache: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "scale"} | {"cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.scale = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache = x
+        return x.mean((2, 3)) * self.scale
+
+
+def test_a_class_that_pickles_itself_loses_no_value_in_silence(patches: NDArray[np.uint8]) -> None:
+    assert encode(dfx.load_encoder(nn.Sequential(tried(Losing()))), patches).shape == (5, 3)
+    with pytest.raises(EncoderError, match=r"way of being pickled .*changes 'scale'\. Let that keep"):
+        dfx.load_encoder(nn.Sequential(Losing(3.0)))
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: x.to(torch.complex64).conj()])
+def test_tensors_of_all_layouts_are_copied(make: Callable[[Any], torch.Tensor], patches: NDArray[np.uint8]) -> None:
+    specs = [dfx.load_encoder(Holding(make(torch.eye(3) * n))) for n in (1, 2)]
+    module = nn.Linear(3, 3)
+    digests = set()
+    for n in (1, 2):
+        module.register_buffer("held", make(torch.eye(3) * n))
+        digests.add(dfx.load_encoder(module).weights_digest)
+    assert len(digests) == 2
+    assert encode(specs[0], patches).shape == (5, 3)
+
+
 def test_what_can_not_be_sent_runs_here_and_is_named_when_sent(
     patches: NDArray[np.uint8], processes: distributed.Client
 ) -> None:
@@ -523,3 +608,18 @@ def test_a_module_of_several_precisions_that_fails_says_what_to_do(patches: NDAr
         encode(dfx.load_encoder(module), patches)
     assert encode(dfx.load_encoder(module, precision="bfloat16"), patches).shape == (5, 4)
     assert encode(dfx.load_encoder(module.float()), patches).shape == (5, 4)
+    module = nn.Sequential(conv().double(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(EncoderError, match=r"parameters of float64: give module\.float\(\)\.$"):
+        encode(dfx.load_encoder(module, precision="bfloat16"), patches)
+
+
+def test_a_module_whose_values_are_buffers_runs_in_their_precision(patches: NDArray[np.uint8]) -> None:
+    class Buffered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.rand(8, 3, 16, 16).bfloat16())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.conv2d(x, self.weight, stride=16).mean((2, 3))
+
+    assert encode(dfx.load_encoder(Buffered()), patches).shape == (5, 8)

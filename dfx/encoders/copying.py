@@ -24,8 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from dfx.encoders.digest import stable
 from dfx.encoders.pickling import HOOKS, LocalPickler, LocalUnpickler, PortablePickler, is_compiled
 
+PICKLED_BY = ("__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
+"""Methods by which a class decides what is pickled of its objects."""
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 """Wrappers that spread a batch over the GPUs of the machine where they were made; a worker has its own."""
 
@@ -36,16 +39,51 @@ def copied(module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
     Raises `pickle.PicklingError`, `TypeError` or any error of the module's own `__reduce__` and `__getstate__`.
     """
     cells: dict[int, CellType] = {}
-    for _ in range(2):  # the first pass finds the classes, whose closures are not the module's
-        stream = io.BytesIO()
-        pickler = LocalPickler(stream, cells)
-        pickler.dump(module)
+    # The first time finds the classes, whose closures are theirs and not the module's, and all that it holds.
+    first = LocalPickler(Hashed(), cells)
+    first.dump(module)
+    stream = io.BytesIO()
+    pickler = LocalPickler(stream, cells, first.held)
+    pickler.dump(module)
     stream.seek(0)
     copy: nn.Module = LocalUnpickler(stream, pickler.things, torch.device(device)).load()
-    hooks = [[len(getattr(part, name)) for name in HOOKS] for part in parts(module)]
-    if hooks != [[len(getattr(part, name)) for name in HOOKS] for part in parts(copy)]:
-        raise pickle.PicklingError("its own way of being pickled drops its hooks")
+    lost = difference(module, copy)
+    if lost:
+        raise ChangedCopy(f"its own way of being pickled (__getstate__, __reduce__ or the like) changes {lost}")
     return copy.to(device)
+
+
+class ChangedCopy(pickle.PicklingError):
+    """A copy of a module that is not like it."""
+
+
+def difference(module: nn.Module, copy: nn.Module) -> str:
+    """Returns what classes that pickle themselves lost of a module: hooks, parameters, or plain values."""
+    pairs = list(zip(parts(module), parts(copy), strict=False))
+    if len(parts(module)) != len(parts(copy)):
+        return "its layers"
+    for one, other in pairs:
+        if any(len(getattr(one, name)) != len(getattr(other, name)) for name in HOOKS):
+            return "its hooks"
+        if pickles_itself(one):
+            before, after = values_of(one), values_of(other)
+            lost = [key for key, value in before.items() if after.get(key, value) != value]
+            if lost:
+                return f"'{lost[0]}'"
+    return ""
+
+
+def pickles_itself(module: nn.Module) -> bool:
+    """Whether a class that is not torch's decides what is pickled of a module."""
+    classes = [cls for cls in type(module).__mro__[:-1] if not cls.__module__.startswith("torch.")]
+    return any(name in vars(cls) for cls in classes for name in PICKLED_BY)
+
+
+def values_of(module: nn.Module) -> dict[str, bytes]:
+    """Returns the parameters, buffers and plain values that a module itself has, spelled out."""
+    plain = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | complex | str)}
+    found = {**plain, **module._parameters, **module._buffers}
+    return {key: b"".join(stable(value)) for key, value in found.items()}
 
 
 def check_copied(thing: Any) -> None:
@@ -56,8 +94,15 @@ def check_copied(thing: Any) -> None:
 def dumps(module: Any) -> bytes:
     """Returns a module as bytes for other processes. Raises as `copied`."""
     stream = io.BytesIO()
-    PortablePickler(stream).dump(module)
+    write(module, stream)
     return stream.getvalue()
+
+
+def write(module: Any, stream: Any) -> None:
+    """Write the bytes of `dumps`."""
+    first = LocalPickler(Hashed(), {})
+    first.dump(module)
+    PortablePickler(stream, first.held).dump(module)
 
 
 def loads(data: bytes) -> nn.Module:
@@ -69,8 +114,16 @@ def loads(data: bytes) -> nn.Module:
 def content_digest(module: nn.Module) -> str:
     """SHA-256 of a module's bytes, which are not kept. Raises as `copied`."""
     sink = Hashed()
-    PortablePickler(sink).dump(module)
+    write(module, sink)
+    for part in filter(pickles_itself, parts(module)):  # whose bytes may lack values
+        for key, value in values_of(part).items():
+            sink.write(key.encode() + value)
     return sink.digest.hexdigest()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether any part of a module has hooks that see its output or its input."""
+    return any(getattr(part, name) for part in parts(module) for name in HOOKS)
 
 
 def bare(module: nn.Module) -> nn.Module:

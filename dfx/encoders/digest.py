@@ -39,7 +39,11 @@ def stable(value: Any, depth: int = 0) -> Iterator[bytes]:
     if isinstance(value, bool | int | float | complex | str | bytes | np.generic | torch.dtype | torch.device):
         yield repr(value).encode()
     elif isinstance(value, torch.Tensor):
-        array = value.detach().cpu().contiguous()
+        if value.is_nested or value.layout != torch.strided or value.is_quantized:
+            parts = value.dequantize() if value.is_quantized else value
+            yield from stable([*parts.unbind()] if value.is_nested else parts.to_dense(), depth + 1)
+            return
+        array = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         yield f"{array.dtype} {tuple(array.shape)}".encode()
         yield array.flatten().view(torch.uint8).numpy().tobytes() if array.numel() else b""
     elif isinstance(value, np.ndarray):

@@ -70,6 +70,10 @@ def copy_of(module: nn.Module, name: str) -> nn.Module:
     """Returns a copy in main memory and evaluation mode; raises `EncoderError` that names the cause."""
     try:
         own = copying.copied(module)
+    except copying.ChangedCopy as e:
+        raise EncoderError(
+            f"module {name} can't be copied: {e}. Let that keep all that forward uses, or remove it."
+        ) from e
     except Exception as e:  # whatever a module's attributes raise
         at = copying.unpicklable(module, copying.check_copied)
         raise EncoderError(

@@ -16,7 +16,7 @@ from torch import nn
 
 from dfx.encoders import named
 from dfx.encoders.behaviour import TOLERANCES, coarsest
-from dfx.encoders.copying import copied
+from dfx.encoders.copying import copied, has_hooks
 from dfx.encoders.modules import module_of
 from dfx.encoders.outputs import pool, rows_of, to_numpy
 from dfx.encoders.prepare import Prepare
@@ -30,7 +30,9 @@ PROBES: Kept[Probe] = Kept(256)
 """What networks give for patches of a shape."""
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
-"""The lock of each module that runs. Networks of several specs may share a module, and hooks keep features in it."""
+"""Of each module that runs. Networks of several specs may share it, and it may keep features in itself."""
+_hooked = threading.Lock()
+"""Of all modules with hooks: those of several modules may keep features in one global variable."""
 
 
 def network(spec: EncoderSpec, device: str) -> Network:
@@ -152,7 +154,7 @@ class Network:
         if device.type != "cpu":
             self.module = copied(module, device).to(memory_format=torch.channels_last)
         self._uncompiled = self.module
-        self._lock = _locks.setdefault(self.module, threading.Lock())
+        self._lock = _hooked if has_hooks(self.module) else _locks.setdefault(self.module, threading.Lock())
         self._dtype = torch.float32 if self.precision != "float32" else parameter_dtype(self.module)
         self._tokens = token_layout(self.module, spec.name) if spec.pooling and not spec.named else None
         if spec.compiled:
@@ -209,14 +211,13 @@ class Network:
         return found.copy() if self.device.type == "cpu" and np.may_share_memory(found, x.numpy()) else found
 
     def _remedy(self) -> str:
-        """Returns a remedy if the data types of a given module's parameters may have caused a failure, else ""."""
-        found = sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()} - {"float32"})
-        if self.spec.kind != "module" or self.precision != "float32" or not found:
-            return ""
-        return (
-            f" It has parameters of {' and '.join(found)}: give module.float(), "
-            "or load_encoder(module, precision='float16'|'bfloat16')."
-        )
+        """Returns what to do where the data types of a given module's parameters may be the reason of a failure."""
+        other = ", or load_encoder(module, precision='float16'|'bfloat16')" if self.precision == "float32" else ""
+        for kind, values in ("parameters", self.module.parameters()), ("buffers", self.module.buffers()):
+            found = sorted({str(t.dtype).removeprefix("torch.") for t in values if t.is_floating_point()} - {"float32"})
+            if found and self.spec.kind == "module":
+                return f" It has {kind} of {' and '.join(found)}: give module.float(){other}."
+        return ""
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "float32":
@@ -241,8 +242,12 @@ def tf32_is_on() -> bool:
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """Returns the data type of all floating-point parameters of a module; float32 unless they have exactly one type."""
-    found = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    """Returns the data type that all floating parameters of a module have; float32 where they have several.
+
+    That of its buffers where it has no parameters.
+    """
+    found = {t.dtype for t in module.parameters() if t.is_floating_point()}
+    found = found or {t.dtype for t in module.buffers() if t.is_floating_point()}
     return found.pop() if len(found) == 1 else torch.float32
 
 

@@ -8,7 +8,7 @@ import pickle
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -21,21 +21,19 @@ from torch.nn.utils.parametrize import is_parametrized
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Attributes of a module that change its output when it is called."""
+PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+WEAK_MAPPINGS: tuple[Any, ...] = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
 
 
 class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
     """Pickles modules that `pickle` refuses or changes: scripted, compiled and parametrized modules, and hooks."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, held: Collection[int] = ()) -> None:
+        """`held`: the ids of all things that the module holds, so that weak references to them are kept."""
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._cells: dict[int, tuple[CellType, CellType]] = {}
-        self._parts: set[int] = set()
-
-    def dump(self, obj: Any) -> None:
-        """Pickle a module."""
-        self._parts = {id(part) for part in obj.modules()} if isinstance(obj, nn.Module) else set()
-        super().dump(obj)
+        self._held = held
 
     def reducer_override(self, obj: Any) -> Any:
         """Returns the reduction of an object; `NotImplemented`: the object defines it itself."""
@@ -45,8 +43,12 @@ class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return typed_storage, (self._storages.setdefault(untyped._cdata, untyped), obj.dtype)
         if isinstance(obj, torch.jit.ScriptModule | torch.jit.ScriptFunction):
             return load_script, (obj.save_to_buffer({}),)
-        if type(obj) is weakref.ref and id(obj()) in self._parts:
-            return weakref.ref, (obj(),)
+        referent = referent_of(obj)
+        if id(holder_of(referent)) in self._held:
+            return weakref.proxy if type(obj) in PROXIES else type(obj), (referent,)
+        if type(obj) in WEAK_MAPPINGS:
+            weak = 1 if type(obj) is weakref.WeakValueDictionary else 0
+            return type(obj), (), None, None, iter([item for item in obj.items() if id(item[weak]) in self._held])
         if isinstance(obj, nn.Module):
             return self._module(obj)
         reduced = super().reducer_override(obj)
@@ -90,8 +92,8 @@ class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
 class PortablePickler(ModulePickler):
     """For other processes."""
 
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
+    def __init__(self, file: Any, held: Collection[int] = ()) -> None:
+        super().__init__(file, held)
         self._scopes: dict[str, ImportedScope] = {}
 
     def reducer_override(self, obj: Any) -> Any:
@@ -116,8 +118,8 @@ class PortablePickler(ModulePickler):
 class LocalPickler(ModulePickler):
     """For copies within this process: `things` are the objects that the stream refers to but does not hold."""
 
-    def __init__(self, file: Any, cells: dict[int, CellType]) -> None:
-        super().__init__(file)
+    def __init__(self, file: Any, cells: dict[int, CellType], held: Collection[int] = ()) -> None:
+        super().__init__(file, held)
         self.things: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._shared: dict[int, Any] = {}
@@ -127,12 +129,14 @@ class LocalPickler(ModulePickler):
         """Returns the number of a thing that the stream does not hold."""
         if id(obj) in self._numbers:
             return self._numbers[id(obj)]
-        if isinstance(obj, type):
+        if type(obj) in (weakref.ref, weakref.WeakMethod, *PROXIES):
+            if id(holder_of(referent_of(obj))) in self._held:
+                return None
+        elif isinstance(obj, type):
             for function in functions_of(obj):
                 note_cells(function, self._class_cells)
         elif not (
             isinstance(obj, ModuleType | torch.UntypedStorage)
-            or (type(obj) is weakref.ref and id(obj()) not in self._parts)
             or id(obj) in self._shared
             or id(obj) in self._class_cells
             or (isinstance(obj, FunctionType) and is_stateless(obj))
@@ -141,6 +145,11 @@ class LocalPickler(ModulePickler):
         self._numbers[id(obj)] = len(self.things)
         self.things.append(obj)
         return self._numbers[id(obj)]
+
+    @property
+    def held(self) -> set[int]:
+        """Ids of the things in the stream; valid while this object lives."""
+        return set(self.memo.copy())
 
     def reducer_override(self, obj: Any) -> Any:
         """Returns the reduction of an object; `NotImplemented`: the object defines it itself."""
@@ -199,6 +208,21 @@ def imported_scope(name: str) -> dict[str, Any]:
         return vars(importlib.import_module(name))
     except ImportError:
         return {"__name__": name, "__package__": name.rpartition(".")[0]}
+
+
+def referent_of(thing: Any) -> Any:
+    """Returns what a weak reference or a proxy refers to; None for other things, and where that is gone."""
+    if type(thing) in (weakref.ref, weakref.WeakMethod):
+        return thing()
+    try:
+        return thing.__reduce_ex__.__self__ if type(thing) in PROXIES else None
+    except ReferenceError:
+        return None
+
+
+def holder_of(referent: Any) -> Any:
+    """Returns the object that a weakly referred thing lives with: of a method, its own."""
+    return referent.__self__ if isinstance(referent, MethodType) else referent
 
 
 def is_compiled(thing: object) -> bool:
