@@ -97,6 +97,10 @@ FLUORESCENCE = {
     "DAPI": nuclei((0, 0, 1), 4, 20),
     "grey": nuclei((1, 1, 1), 0, 0),
     "green on a haze": nuclei((0.1, 1, 0.2), 20, 40),
+    "within what the file lacks": np.asarray(
+        cv2.copyMakeBorder(nuclei((0, 0, 1), 4, 20), 0, 300, 90, 0, cv2.BORDER_CONSTANT, value=(255, 255, 255)),
+        np.uint8,
+    ),
     "too dark": nuclei((0.1, 0.1, 0.2), 10, 10),
 }
 

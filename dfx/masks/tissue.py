@@ -96,9 +96,15 @@ def ink(thumbnail: Thumbnail) -> NDArray[np.bool_]:
 def has_dark_background(thumbnail: Thumbnail) -> bool:
     """Whether a uint8 RGB thumbnail is mostly dark, as in fluorescence, where tissue is brighter than its surroundings.
 
-    Bright field in a black frame, with which some scanners fill skipped areas, does not count: within the frame are a
-    few large areas that are bright, and that are rectangles or have glass at their rims.
+    Bright field in a black frame, by which some scanners fill what they skip, is not: within the frame are a few large
+    areas, which are bright, and are rectangles or have glass at their rims. Rows and columns of pure white at the
+    border do not count: the file lacks them.
     """
+    content = (thumbnail != 255).any(axis=2)
+    if not content.any():
+        return False
+    (top, bottom), (left, right) = (np.flatnonzero(content.any(axis=axis))[[0, -1]] for axis in (1, 0))
+    thumbnail = thumbnail[top : bottom + 1, left : right + 1]
     value = thumbnail.max(axis=2)
     if (value >= DARK).mean() >= 0.5 or value.max() == value.min():
         return False
