@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 import dfx
 from benchmarks.server import Server
-from dfx.errors import CallError, RunError
+from dfx.errors import CallError, RunError, SlideError
+from dfx.run import BlockDone
 from dfx.slides.identity import older
 from dfx.slides.synthetic import paint, write_slide
 
@@ -135,6 +136,27 @@ def test_features_of_a_slide_that_was_replaced_are_not_kept(
     grid = dfx.PatchGrid.over(slide, shape=64, resolution=0.5, mask=None)
     wanted = dfx.patches(slide, grid).mean(axis=(1, 2)).compute(scheduler="sync")
     assert np.allclose(dfx.open_features(store).features[:, :3].compute() * 255, wanted, atol=0.1)
+
+
+def test_a_slide_that_is_overwritten_while_it_is_read_gives_no_patch_of_the_new_file(
+    picture: NDArray[np.uint8], tmp_path: Path, extractor: dfx.DeepFeatureExtractor, client: distributed.Client
+) -> None:
+    path = write(tmp_path / "a.tif", picture, tile=(256, 256))
+    slide = dfx.open_slide(path)
+    other = write(tmp_path / "b.tif", 255 - picture, tile=(256, 256)).read_bytes()
+
+    def overwrite(event: Any) -> None:
+        if isinstance(event, BlockDone):
+            with path.open("r+b") as file:
+                file.write(other)
+
+    run: dict[str, Any] = {"save_dir": tmp_path / "out", "client": client, **ALL}
+    with pytest.raises(RunError, match=r"a\.tif changed since it was opened"):
+        extractor.run([path], notify=overwrite, **run)
+    with pytest.raises(SlideError, match="open it again"):
+        dfx.patches(slide, dfx.PatchGrid.over(slide, shape=64, resolution=0.5, mask=None)).compute(scheduler="sync")
+    with pytest.raises(RunError, match="another run"):  # nor is the rest made of the new file
+        extractor.run([path], **run)
 
 
 def test_a_file_that_was_written_anew_is_told_of_where_nothing_else_shows_it(

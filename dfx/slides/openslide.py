@@ -218,10 +218,12 @@ class Regions(TileGrid):
     def tile(
         self, source: ByteSource, row: int, column: int, name: str, *, scratch: bool, shrink: int
     ) -> NDArray[np.uint8]:
-        """Read a region, whatever `source` holds: OpenSlide opens the slide's files itself."""
+        """Read a region. OpenSlide opens the slide's files itself; `source` tells whether its file was written anew."""
         y, x = row * self.tile_yx[0], column * self.tile_yx[1]
         size = min(self.tile_yx[1], self.shape_yx[1] - x), min(self.tile_yx[0], self.shape_yx[0] - y)
-        return self.handle.region(self.level, (self.place(x), self.place(y)), size, name)
+        found = self.handle.region(self.level, (self.place(x), self.place(y)), size, name)
+        source.read(())
+        return found
 
     def place(self, at: int) -> int:
         """Where a pixel of the level lies on the baseline, by whose whole pixels OpenSlide is asked."""

@@ -69,8 +69,12 @@ class LocalFile:
         self.serial = next(_serials)
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Give the bytes of each (offset, count), whole."""
-        return [self._read(offset, count) for offset, count in ranges]
+        """Give the bytes of each (offset, count), whole; raises `SlideError` once the file was overwritten in place."""
+        found = [self._read(offset, count) for offset, count in ranges]
+        now = os.fstat(self._fd)
+        if (now.st_size, f"mtime:{now.st_mtime_ns}") != (self.size, self.version):
+            raise SlideError(f"{self.url} changed since it was opened: open it again, or restore the file.")
+        return found
 
     sample = read
 
