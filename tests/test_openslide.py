@@ -403,3 +403,14 @@ def test_a_damaged_region_can_be_filled(
 def test_info_says_what_reads_the_slide(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(made)]) == 0
     assert f"backend      {BACKEND}" in capsys.readouterr().out
+
+
+def test_a_level_that_is_larger_than_the_slide_is_damage(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.svs") as out:
+        for shape in ((256, 256, 3), (1280, 64, 3)):
+            described = "Aperio Image Library v1\r\n256x256 (64x64)|AppMag = 20|MPP = 0.5"
+            options = {"tile": (64, 64), "photometric": "rgb", "metadata": None, "description": described}
+            out.write(np.zeros(shape, np.uint8), **options)  # type: ignore[arg-type]
+    assert openslide.OpenSlide(tmp_path / "a.svs").level_count == 2
+    with pytest.raises(SlideError, match=r"a\.svs is damaged: level 1 has 64 x 1280 pixels, more than the 256 x 256"):
+        dfx.open_slide(tmp_path / "a.svs", backend="openslide")

@@ -41,8 +41,8 @@ def pool(
 ) -> torch.Tensor:
     """Returns a network's output as (N, D); raises `EncoderError` where that would be a guess.
 
-    `layout`: what a given module says of its tokens. None: the first is the class token, and "mean" alone is of all.
-    `shape_yx`: of the images.
+    `layout`: the tokens of a given module. None: the first token is the class token, and "mean" averages all tokens.
+    `shape_yx`: rows and columns of the images.
     """
     rank = out.ndim if isinstance(out, torch.Tensor) else 0
     if rank == 3 and spec.pooling and not spec.named:

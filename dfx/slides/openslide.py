@@ -89,6 +89,7 @@ def open_openslide(
             f"{path} can't be read by OpenSlide {version} ({e}): it is damaged, or files that belong to it are "
             "missing; copy all of it again. Convert it to OME-TIFF if this version does not support it."
         ) from e
+    check_sizes(path, regions)
     said = (vendors.number(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
     own_mpp = mpp or vendors.plausible(*said)
     said_power = vendors.positive(vendors.number(properties.get("openslide.objective-power")))
@@ -189,6 +190,17 @@ def over_white(
 ) -> NDArray[np.uint8]:
     """Read a region; what is transparent in it, so not scanned, is white as it is everywhere in dfx."""
     return np.ascontiguousarray(as_rgb(np.asarray(slide.read_region(at_xy, level, size_xy)), "rgba"))
+
+
+def check_sizes(path: Path, levels: Sequence[Regions]) -> None:
+    """Refuse a slide with a level that is larger than its baseline: OpenSlide takes damaged sizes as they are."""
+    height, width = levels[0].shape_yx
+    for n, level in enumerate(levels):
+        if level.shape_yx[0] > height or level.shape_yx[1] > width:
+            raise SlideError(
+                f"{path} is damaged: level {n} has {level.shape_yx[1]} x {level.shape_yx[0]} pixels, more than the "
+                f"{width} x {height} of the slide; copy it again."
+            )
 
 
 @dataclass(frozen=True, eq=False)
