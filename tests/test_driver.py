@@ -296,6 +296,7 @@ def test_a_worker_that_is_not_known_is_not_retired(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_scheduler_that_dies_and_comes_back_is_found_again_and_the_run_is_the_undisturbed_one(
     made_slide: Path, tmp_path: Path
 ) -> None:
