@@ -126,8 +126,8 @@ def test_a_run_whose_workers_die_gives_what_an_undisturbed_one_gives(
 
     def kill() -> None:
         while not stop.wait(5):
-            pids = list(nannies.run(os.getpid).values())
-            if pids:
+            pids = list(nannies.run(os.getpid, on_error="ignore").values())
+            if len(pids) > 1:  # Dask gives up a worker that is away for 15 seconds, as on a busy machine
                 os.kill(pids[0], signal.SIGKILL)
                 kills[0] += 1
 
