@@ -74,7 +74,7 @@ class Disk:
 
     def _whole(self, name: str, data: bytes) -> tuple[Path, Path]:
         target = self.path / name
-        target.parent.mkdir(exist_ok=True)
+        make_folder(target.parent)
         part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
         part.write_bytes(data)
         return part, target
@@ -95,7 +95,7 @@ class Disk:
         try:
             appended = file.open("ab", buffering=0)
         except FileNotFoundError:  # the first line, or another run of the same store has just removed the folder
-            file.parent.mkdir(exist_ok=True)
+            make_folder(file.parent)
             appended = file.open("ab", buffering=0)
         with appended:
             if appended.write(data) != len(data):
@@ -160,7 +160,7 @@ class Disk:
 
     def fill(self, made: Disk, last: str) -> None:
         """Rename what was made into it."""
-        self.path.mkdir(exist_ok=True)
+        make_folder(self.path)
         for node in sorted(made.path.iterdir(), key=lambda node: node.name == last):
             if (self.path / node.name).is_dir():
                 remove_folder(self.path / node.name)
@@ -169,6 +169,12 @@ class Disk:
     def zarr(self) -> Path:
         """Give the path; zarr treats a text with "::" or "://" as a URL."""
         return self.path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder unless it is there."""
+    with suppress(FileExistsError):  # `exist_ok=True` raises it where another run removes the folder at that moment
+        folder.mkdir()
 
 
 def remove_folder(folder: Path) -> None:
