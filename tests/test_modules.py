@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import dfx
-from dfx.encoders import copying, encode, modules
+from dfx.encoders import copying, encode, modules, weights
 from dfx.encoders.spec import SHARED
 from dfx.errors import EncoderError
 
@@ -457,8 +457,34 @@ def test_a_class_that_pickles_itself_loses_no_value_in_silence(patches: NDArray[
         dfx.load_encoder(nn.Sequential(Losing(3.0)))
 
 
-@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda x: x.to(torch.complex64).conj()])
-def test_tensors_of_all_layouts_are_copied(make: Callable[[Any], torch.Tensor], patches: NDArray[np.uint8]) -> None:
+LAYOUTS = {
+    "COO": torch.Tensor.to_sparse,
+    "COO, not coalesced": lambda x: torch.sparse_coo_tensor([[0, 0], [0, 0]], x[:2, 0], (3, 3), check_invariants=True),
+    "CSR": torch.Tensor.to_sparse_csr,
+    "CSC": torch.Tensor.to_sparse_csc,
+    "BSR": lambda x: x.to_sparse_bsr((1, 1)),
+    "BSC": lambda x: x.to_sparse_bsc((1, 1)),
+    "conjugate": lambda x: x.to(torch.complex64).conj(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_tensors_of_all_layouts_are_copied(
+    make: Callable[[Any], torch.Tensor], patches: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    torch.save({"weight": torch.ones(1)}, tmp_path / "dense.pt")
+    held = make(torch.eye(3))
+    module = nn.Linear(3, 3)
+    module.register_buffer("held", held)
+    for pickled in (copying.copied(module), copying.loads(copying.dumps(module))):
+        copy: Any = pickled.held
+        assert copy.layout == held.layout
+        assert copy.is_conj() == held.is_conj()
+        assert held.layout != torch.sparse_coo or copy.is_coalesced() == held.is_coalesced()
+        assert torch.equal(copy.to_dense(), held.to_dense())
+    # torch checks tensors of another module's copy with the next file of weights, and warns of them.
+    assert weights.read_state_dict(tmp_path / "dense.pt").keys() == {"weight"}
     specs = [dfx.load_encoder(Holding(make(torch.eye(3) * n))) for n in (1, 2)]
     module = nn.Linear(3, 3)
     digests = set()

@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 """Attributes of a module that change its output when it is called."""
+SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
 WEAK_MAPPINGS: tuple[Any, ...] = (weakref.WeakValueDictionary, weakref.WeakKeyDictionary)
 
@@ -43,6 +44,9 @@ class ModulePickler(cloudpickle.Pickler):  # type: ignore[misc]
             return typed_storage, (self._storages.setdefault(untyped._cdata, untyped), obj.dtype)
         if isinstance(obj, torch.jit.ScriptModule | torch.jit.ScriptFunction):
             return load_script, (obj.save_to_buffer({}),)
+        if type(obj) is torch.Tensor and obj.layout in SPARSE:
+            # By itself it would be noted in a list of torch's, for the next file of weights to be checked with.
+            return sparse_tensor, sparse_parts(obj.detach())
         referent = referent_of(obj)
         if id(holder_of(referent)) in self._held:
             return weakref.proxy if type(obj) in PROXIES else type(obj), (referent,)
@@ -267,6 +271,15 @@ def bytes_of(storage: Any) -> memoryview:
     return memoryview(torch.empty(0, dtype=torch.uint8).set_(storage.cpu()).numpy())  # type: ignore[arg-type]
 
 
+def sparse_parts(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Returns what `sparse_tensor` makes a tensor of."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor.layout, tensor.size(), tensor._indices(), None, tensor._values(), tensor.is_coalesced()
+    by_row = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    plain = (tensor.crow_indices(), tensor.col_indices()) if by_row else (tensor.ccol_indices(), tensor.row_indices())
+    return tensor.layout, tensor.size(), *plain, tensor.values(), True
+
+
 # Functions that the streams name
 
 
@@ -278,6 +291,20 @@ def untyped_storage(data: bytearray) -> torch.UntypedStorage:
 def typed_storage(untyped: torch.UntypedStorage, dtype: torch.dtype) -> torch.storage.TypedStorage:
     """Returns a storage with the data type of its tensors."""
     return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def sparse_tensor(
+    layout: torch.layout,
+    size: torch.Size,
+    indices: torch.Tensor,
+    plain: torch.Tensor | None,
+    values: torch.Tensor,
+    coalesced: bool,
+) -> torch.Tensor:
+    """Returns a tensor of a sparse layout."""
+    if plain is None:
+        return torch.sparse_coo_tensor(indices, values, size, is_coalesced=coalesced, check_invariants=True)
+    return torch.sparse_compressed_tensor(indices, plain, values, size, layout=layout, check_invariants=True)
 
 
 def load_script(data: bytes) -> nn.Module:
